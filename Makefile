@@ -1,0 +1,32 @@
+# Every target makes .venv first when it is missing; `make -B setup` makes it anew.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint bench
+
+setup: $(STAMP)
+
+# `sh` picks pip, whose index and cache settings people already have; torch is pinned before the rest so that
+# no dependency pulls another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(VENV)/bin/eplb demo
+
+test: $(STAMP)
+	$(RUN) -m pytest tests eplb_core eplb_torch
+	$(RUN) -m pytest --jaxtyping-packages=eplb_core,beartype.beartype property_tests
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/pyright
+
+bench: $(STAMP)
+	$(RUN) -m benchmarks

@@ -1,0 +1,15 @@
+"""The commands of `eplb`. A command imports what it needs when it runs, so that `eplb --help` is quick."""
+
+import typer
+
+from eplb_core.commands.demo import demo
+
+app = typer.Typer(name="eplb", no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def eplb() -> None:
+    """Expert-parallelism load balancing for mixture-of-experts serving."""
+
+
+app.command()(demo)

@@ -1,0 +1,130 @@
+"""The routing maps, derived from the one stored map."""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Int
+
+from eplb_core import _ops
+from eplb_core._checks import EMPTY, at, check_ids, require
+
+
+class ExpertMaps(NamedTuple):
+    """One placement seen from both sides. Never edited: build a new one with `derive_maps`.
+
+    physical_to_logical: int32 `[layers, slots]` the expert held by each slot, or `EMPTY`.
+    logical_to_physical: int32 `[layers, logical, max_replicas]` ascending slots, padded with `EMPTY`.
+    replica_count: int32 `[layers, logical]` live entries of `logical_to_physical`; 0 for a lost expert.
+    """
+
+    physical_to_logical: Any
+    logical_to_physical: Any
+    replica_count: Any
+
+
+def derive_maps(
+    physical_to_logical: Int[Any, "*layers slots"], num_logical: int, *, max_replicas: int | None = None
+) -> ExpertMaps:
+    """Derive the slots and the number of copies of every expert.
+
+    Slots ascend within an expert; `EMPTY` slots are skipped. `O(layers * slots * log slots)`.
+
+    Args:
+        physical_to_logical: `[layers, slots]`, or `[slots]` for a single layer.
+        num_logical: experts the router knows. Static under `jax.jit`.
+        max_replicas: width of `logical_to_physical`; by default the largest number of copies. Must be given under
+            `jax.jit`, where it is static; copies beyond it cannot be seen there and are left out.
+
+    Returns:
+        `ExpertMaps`, without the layer axis if the input had none.
+
+    Raises:
+        EplbError: if ids are out of range, or an expert has more copies than `max_replicas`.
+
+    >>> import numpy as np
+    >>> maps = derive_maps(np.asarray([0, 2, 1, 2, EMPTY]), num_logical=3)
+    >>> maps.logical_to_physical.tolist(), maps.replica_count.tolist()
+    ([[0, -1], [2, -1], [1, 3]], [1, 1, 2])
+    """
+    ids = _ops.as_array(physical_to_logical)
+    xp = _ops.namespace(ids)
+    if ids.ndim == 1:
+        maps = derive_maps(ids[None, :], num_logical, max_replicas=max_replicas)
+        return ExpertMaps(*(field[0, ...] for field in maps))
+    check_ids(ids, ids.shape[-1], "derive_maps(physical_to_logical=...)")
+    _check_range(ids, num_logical)
+    order = _ops.stable_order(ids)
+    starts, counts = _segments(xp.take_along_axis(ids, order, axis=-1), num_logical)
+    max_replicas = _checked_width(counts, max_replicas)
+    replica = xp.arange(max_replicas, dtype=xp.int32)
+    position = xp.minimum(starts[:, :, None] + replica, xp.asarray(ids.shape[1] - 1, dtype=starts.dtype))
+    slots = xp.take_along_axis(order, xp.reshape(position, (ids.shape[0], -1)), axis=1)
+    slots = xp.reshape(xp.astype(slots, xp.int32), position.shape)
+    return ExpertMaps(
+        physical_to_logical=xp.astype(ids, xp.int32),
+        logical_to_physical=xp.where(replica < counts[:, :, None], slots, xp.asarray(EMPTY, dtype=xp.int32)),
+        replica_count=counts,
+    )
+
+
+def count_replicas(physical_to_logical: Int[Any, "layers slots"], num_logical: int) -> Int[Any, "layers logical"]:
+    """Count the copies of every expert: int32 `[layers, logical]`, 0 where there is none.
+
+    Raises:
+        EplbError: if an id is not smaller than `num_logical`.
+    """
+    xp = _ops.namespace(physical_to_logical)
+    _check_range(physical_to_logical, num_logical)
+    return _segments(xp.sort(physical_to_logical, axis=-1), num_logical)[1]
+
+
+def _segments(ids, num_logical: int):
+    """Start and length of the run of each expert in rows of sorted ids."""
+    xp = _ops.namespace(ids)
+    num_layers, num_slots = ids.shape
+    integer = _ops.int_dtype(xp)
+    # One search serves all layers: the row is the leading digit of a key in which EMPTY comes first.
+    row = xp.arange(num_layers, dtype=integer)[:, None] * (num_logical + 1)
+    keys = xp.reshape(row + xp.astype(ids, integer) + 1, (-1,))
+    wanted = row + xp.arange(1, num_logical + 2, dtype=integer)
+    edges = xp.searchsorted(keys, xp.reshape(wanted, (-1,)))
+    edges = xp.reshape(edges, wanted.shape) - xp.arange(num_layers, dtype=integer)[:, None] * num_slots
+    starts = xp.astype(edges[:, :-1], xp.int32)
+    return starts, xp.astype(edges[:, 1:], xp.int32) - starts
+
+
+def _check_range(ids, num_logical: int) -> None:
+    require(
+        num_logical >= 1,
+        "`num_logical` must be >= 1",
+        f"num_logical={num_logical}",
+        "Pass the number of experts the router knows.",
+    )
+    if _ops.is_traced(ids):
+        return
+    bad = ids >= num_logical
+    require(
+        not bool(_ops.namespace(ids).any(bad)),
+        f"a placement for num_logical={num_logical} holds ids 0..{num_logical - 1} and EMPTY = -1",
+        f"larger ids at (layer, slot) {at(bad)}",
+        "Check which model this placement was made for.",
+    )
+
+
+def _checked_width(counts, max_replicas: int | None) -> int:
+    if _ops.is_traced(counts):
+        require(
+            max_replicas is not None,
+            "`derive_maps(max_replicas=...)` must be given under jax.jit",
+            "max_replicas=None",
+            "Use ep_size, or 1 + the number of redundant slots.",
+        )
+        return int(max_replicas or 0)
+    most = int(_ops.namespace(counts).max(counts))
+    width = max(most, 1) if max_replicas is None else max_replicas
+    require(
+        width >= max(most, 1),
+        "`derive_maps(max_replicas=...)` must hold all copies of every expert",
+        f"max_replicas={max_replicas}, most copies={most}",
+        f"Use max_replicas >= {max(most, 1)}.",
+    )
+    return width

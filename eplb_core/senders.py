@@ -1,0 +1,171 @@
+"""Which holder of an expert sends it to a rank that needs it."""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Int
+
+from eplb_core import _ops
+from eplb_core._checks import EMPTY, require
+from eplb_core.maps import count_replicas
+from eplb_core.relief import relieve
+from eplb_core.topology import Topology
+
+
+class Requests(NamedTuple):
+    """Messages that must arrive: one per slot where `wanted` is true.
+
+    expert: int32 `[layers, slots]` the expert each slot asks for.
+    wanted: bool `[layers, slots]`.
+    """
+
+    expert: Any
+    wanted: Any
+
+
+class Jobs(NamedTuple):
+    """Requests packed to the left of each layer's row, with their candidates.
+
+    The candidates of a job are the slots `holders[start:stop]`, ascending, of the flat `holders [layers * slots]`.
+
+    slot: `[layers, jobs]` the slot that asks.
+    start, stop: `[layers, jobs]` bounds of the candidates; equal where there is no job or no holder.
+    """
+
+    slot: Any
+    start: Any
+    stop: Any
+
+
+def choose_senders(held: Int[Any, "layers slots"], requests: Requests, topology: Topology) -> Int[Any, "layers slots"]:
+    """Choose the slot that every requested expert is sent from.
+
+    Holders on the node of the receiver come before others. Jobs with one possible rank are settled first; each
+    other job, in slot order, goes to the candidate rank that has least to send in its layer so far, ties to the
+    nearest after the receiver, counting on by layer. Where the busiest sender of a layer then has two or more
+    messages over the least conceivable, messages are shifted along augmenting paths, until it has not or there is
+    no path. Hence, within the sets of candidates, the busiest sender of a layer has at most one message more than
+    in the best choice.
+
+    Args:
+        held: `[layers, slots]` expert ids that can be read; `EMPTY` where nothing can.
+        requests: what must arrive where.
+        topology: sizes.
+
+    Returns:
+        `[layers, slots]` int32: for every wanted slot the lowest slot of the chosen rank that holds the expert, or
+        `EMPTY` if there is none; `EMPTY` elsewhere.
+    """
+    xp = _ops.namespace(held)
+    order = _ops.stable_order(held)
+    jobs = _find_candidates(held, order, requests, topology)
+    holders = xp.reshape(xp.astype(order, xp.int32), (-1,))
+    sent_from, sent = _settle_forced(holders, jobs, topology)
+    undecided = (sent_from == EMPTY) & (jobs.stop > jobs.start)
+    columns = _pack_left(undecided)
+    if columns.shape[1] > 0:
+        open_ = xp.take_along_axis(undecided, columns, axis=1)
+        slot, start, stop = (xp.take_along_axis(field, columns, axis=1) for field in jobs)
+        open_jobs = Jobs(slot, start, xp.where(open_, stop, start))
+        chosen, most_needed = _least_busy(holders, open_jobs, sent, topology)
+        chosen = relieve(holders, open_jobs, chosen, sent, most_needed, topology)
+        sent_from = xp.where(undecided, _unpack(chosen, undecided), sent_from)
+    return xp.where(requests.wanted, _unpack(sent_from, requests.wanted), xp.asarray(EMPTY, dtype=xp.int32))
+
+
+def _pack_left(mask):
+    """`[layers, width]` columns in which the true entries of `mask` come first, in order.
+
+    The width is the largest number of true entries of a row where that can be looked at, else all columns.
+    """
+    xp = _ops.namespace(mask)
+    columns = _ops.stable_order(xp.astype(~mask, xp.int8))
+    if _ops.is_traced(mask):
+        return columns
+    return columns[:, : int(xp.max(xp.sum(xp.astype(mask, xp.int32), axis=1)))]
+
+
+def _unpack(packed, mask):
+    """Undo `_pack_left`: spread the columns of `packed` over the true entries of `mask`; elsewhere anything."""
+    xp = _ops.namespace(mask)
+    if packed.shape[1] == 0:
+        return xp.full(mask.shape, EMPTY, dtype=xp.int32)
+    column = xp.cumulative_sum(xp.astype(mask, xp.int32), axis=1) - 1
+    return xp.take_along_axis(packed, xp.clip(column, 0, packed.shape[1] - 1), axis=1)
+
+
+def _find_candidates(held, order, requests: Requests, topology: Topology) -> Jobs:
+    xp = _ops.namespace(held)
+    integer = _ops.int_dtype(xp)
+    (num_layers, num_slots), largest = held.shape, xp.iinfo(integer).max
+    require(
+        num_layers * num_slots * num_slots <= largest,
+        "`plan_moves` with 32-bit integers needs layers * slots^2 below 2^31",
+        f"layers={num_layers}, slots={num_slots}",
+        "Enable jax_enable_x64, or plan some layers at a time.",
+    )
+    slot = _pack_left(requests.wanted)
+    wanted = xp.take_along_axis(requests.wanted, slot, axis=1)
+    # One search serves all layers: the layer is the leading digit of the key.
+    layer_key = xp.arange(num_layers, dtype=integer)[:, None] * (largest // num_layers)
+    keys = xp.reshape(layer_key + xp.astype(xp.take_along_axis(held, order, axis=1), integer) + 1, (-1,))
+    expert = xp.take_along_axis(xp.astype(requests.expert, integer), slot, axis=1)
+    asked = xp.reshape(layer_key + expert + 1, (-1,))
+    start, stop = xp.searchsorted(keys, asked), xp.searchsorted(keys, asked, side="right")
+    if topology.num_nodes > 1:
+        # Within one expert's run slots ascend, so a node is a part of the run: (run, slot) is sorted as well.
+        run = xp.searchsorted(keys, keys)
+        position = run * num_slots + xp.reshape(xp.astype(order, integer), (-1,))
+        node_first = xp.astype(slot, integer) // topology.slots_per_node * topology.slots_per_node
+        bound = start * num_slots + xp.reshape(node_first, (-1,))
+        near_start = xp.searchsorted(position, bound)
+        near_stop = xp.searchsorted(position, bound + topology.slots_per_node)
+        near = (near_stop > near_start) & (stop > start)
+        start, stop = xp.where(near, near_start, start), xp.where(near, near_stop, stop)
+    start, stop = xp.reshape(start, slot.shape), xp.reshape(stop, slot.shape)
+    return Jobs(slot=slot, start=start, stop=xp.where(wanted, stop, start))
+
+
+def _settle_forced(holders, jobs: Jobs, topology: Topology):
+    """Jobs all of whose candidates are on one rank, and what these give each rank to send."""
+    xp = _ops.namespace(holders)
+    last = holders.shape[0] - 1
+    first_slot = xp.take(holders, xp.reshape(xp.clip(jobs.start, 0, last), (-1,)))
+    last_slot = xp.take(holders, xp.reshape(xp.clip(jobs.stop - 1, 0, last), (-1,)))
+    first_slot, last_slot = xp.reshape(first_slot, jobs.slot.shape), xp.reshape(last_slot, jobs.slot.shape)
+    sender = first_slot // topology.slots_per_rank
+    forced = (jobs.stop > jobs.start) & (sender == last_slot // topology.slots_per_rank)
+    empty = xp.asarray(EMPTY, dtype=xp.int32)
+    sent = count_replicas(xp.where(forced, sender, empty), topology.ep_size)
+    return xp.where(forced, first_slot, empty), sent
+
+
+def _least_busy(holders, jobs: Jobs, sent, topology: Topology):
+    """Give the open jobs in turn to the least busy candidate.
+
+    Returns the chosen slots `[layers, jobs]` and `[layers]` a number of messages that some sender must have anyway:
+    those of the busiest forced sender, or the mean, rounded up.
+    """
+    xp = _ops.namespace(holders)
+    num_layers, ep_size = sent.shape
+    ranks, layers = xp.arange(ep_size, dtype=xp.int32), xp.arange(num_layers, dtype=xp.int32)[:, None]
+    traced = _ops.is_traced(jobs.start)
+    width = holders.shape[0] // num_layers if traced else max(int(xp.max(jobs.stop - jobs.start)), 1)
+    offset, last = xp.arange(width, dtype=jobs.start.dtype), holders.shape[0] - 1
+
+    def give_next(sent, job):
+        slot, start, stop = (field[:, None] for field in job)
+        position = start + offset
+        inside = position < stop
+        candidate = xp.reshape(xp.take(holders, xp.reshape(xp.minimum(position, last), (-1,))), position.shape)
+        sender = candidate // topology.slots_per_rank
+        distance = (sender - xp.astype(slot, xp.int32) // topology.slots_per_rank - layers) % ep_size
+        cost = xp.take_along_axis(sent, sender, axis=1) * ep_size + distance
+        best = xp.argmin(xp.where(inside, cost, xp.iinfo(xp.int32).max), axis=1, keepdims=True)
+        chosen = xp.take_along_axis(candidate, best, axis=1)
+        busier = (ranks == chosen // topology.slots_per_rank) & (stop > start)
+        return sent + xp.astype(busier, xp.int32), (chosen[:, 0],)
+
+    by_job = tuple(xp.permute_dims(field, (1, 0)) for field in jobs)
+    total, (chosen,) = _ops.scan(give_next, sent, by_job)
+    mean = -(-xp.sum(total, axis=1, dtype=xp.int32) // ep_size)
+    return xp.permute_dims(chosen, (1, 0)), xp.maximum(mean, xp.max(sent, axis=1))

@@ -1,0 +1,13 @@
+"""One hypothesis profile for all property tests: the same examples on every machine, no time limit per example."""
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "eplb",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("fuzz", parent=settings.get_profile("eplb"), derandomize=False, max_examples=2000)
+settings.load_profile("eplb")
