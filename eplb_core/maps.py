@@ -50,6 +50,12 @@ def derive_maps(
     if ids.ndim == 1:
         maps = derive_maps(ids[None, :], num_logical, max_replicas=max_replicas)
         return ExpertMaps(*(field[0, ...] for field in maps))
+    require(
+        ids.ndim == 2,
+        "`derive_maps(physical_to_logical=...)` must be `[layers, slots]` or `[slots]`",
+        f"shape={tuple(ids.shape)}",
+        "Pass one placement.",
+    )
     check_ids(ids, ids.shape[-1], "derive_maps(physical_to_logical=...)")
     _check_range(ids, num_logical)
     order = _ops.stable_order(ids)
