@@ -1,6 +1,7 @@
 """Expert-parallelism load balancing as pure functions on NumPy and JAX arrays."""
 
 from eplb_core._checks import EMPTY, EplbError, LostExpertsError
+from eplb_core.bound import load_bound
 from eplb_core.maps import ExpertMaps, derive_maps
 from eplb_core.metrics import balancedness, model_balancedness, moved_experts, rank_load
 from eplb_core.moves import MovePlan, apply_moves, plan_moves
@@ -23,6 +24,7 @@ __all__ = (
     "balancedness",
     "check_placement",
     "derive_maps",
+    "load_bound",
     "model_balancedness",
     "moved_experts",
     "plan_moves",

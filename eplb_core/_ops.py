@@ -72,6 +72,122 @@ def while_loop(condition: Callable, body: Callable, state: tuple) -> tuple:
     return state
 
 
+def while_rows(step: Callable, state: tuple, fixed: tuple, active: Any) -> tuple:
+    """Repeat `step` on every active row until it says stop. Rows are independent.
+
+    NumPy works on the rows that are still active only; other libraries on all rows, and keep the result where a
+    row is active.
+
+    Args:
+        step: `(state, fixed) -> (new state, go)`; a row where `go` is false keeps its old state and is done.
+        state: arrays `[rows, ...]` that change.
+        fixed: arrays `[rows, ...]` that do not.
+        active: bool `[rows]` the rows to begin with.
+
+    Returns:
+        The final state.
+    """
+    xp = namespace(active)
+    if is_numpy(xp):
+        return _while_rows_numpy(step, state, fixed, active)
+
+    def masked_step(carry):
+        state, active = carry[:-1], carry[-1]
+        new, go = step(state, fixed)
+        go = go & active
+        mix = [xp.where(_expand(go, old), after, old) for after, old in zip(new, state, strict=True)]
+        return (*mix, go)
+
+    return while_loop(lambda carry: xp.any(carry[-1]), masked_step, (*state, active))[:-1]
+
+
+def _while_rows_numpy(step: Callable, state: tuple, fixed: tuple, active: np.ndarray) -> tuple:
+    result = tuple(np.array(x) for x in state)
+    rows = np.flatnonzero(active)
+    state, fixed = tuple(x[rows] for x in state), tuple(x[rows] for x in fixed)
+    while rows.size:
+        new, go = step(state, fixed)
+        if not go.all():
+            for whole, part in zip(result, state, strict=True):
+                whole[rows[~go]] = part[~go]
+            rows, new, fixed = rows[go], tuple(x[go] for x in new), tuple(x[go] for x in fixed)
+        state = new
+    return result
+
+
+def _expand(mask, like):
+    return namespace(mask).reshape(mask, (*mask.shape, *[1] * (like.ndim - mask.ndim)))
+
+
+def pick(x, index) -> Any:
+    """`take_along_axis` along axis 1, without its overhead on NumPy. `index` is `[rows, picked]`."""
+    xp = namespace(x)
+    if is_numpy(xp):
+        return x[np.arange(x.shape[0])[:, None], index]
+    if x.ndim > 2:
+        index = xp.broadcast_to(xp.reshape(index, (*index.shape, *[1] * (x.ndim - 2))), (*index.shape, *x.shape[2:]))
+    return xp.take_along_axis(x, index, axis=1)
+
+
+def holds(held, wanted) -> Any:
+    """Whether the last axis of `held` contains `wanted`, which broadcasts against its other axes.
+
+    NumPy goes place by place: reducing a short last axis is slow there.
+    """
+    xp = namespace(held)
+    if not is_numpy(xp):
+        return xp.any(held == wanted[..., None], axis=-1)
+    found = held[..., 0] == wanted
+    for place in range(1, held.shape[-1]):
+        found |= held[..., place] == wanted
+    return found
+
+
+def count_ids(ids, num_ids: int) -> Any:
+    """`[rows, num_ids]` int32: how often each id occurs in its row of `ids [rows, n]`; -1 is not counted."""
+    xp = namespace(ids)
+    rows = ids.shape[0]
+    if is_numpy(xp):
+        keys = ids + (np.arange(rows)[:, None] * (num_ids + 1) + 1)
+        return np.bincount(keys.ravel(), minlength=rows * (num_ids + 1)).reshape(rows, -1)[:, 1:].astype(np.int32)
+    # One search serves all rows: the row is the leading digit of a key in which -1 comes first.
+    row = xp.arange(rows, dtype=int_dtype(xp))[:, None] * (num_ids + 1)
+    keys = xp.reshape(row + xp.sort(xp.astype(ids, int_dtype(xp)), axis=1) + 1, (-1,))
+    wanted = row + xp.arange(1, num_ids + 2, dtype=int_dtype(xp))
+    edges = xp.astype(xp.reshape(xp.searchsorted(keys, xp.reshape(wanted, (-1,))), wanted.shape), xp.int32)
+    return edges[:, 1:] - edges[:, :-1]
+
+
+def before(size: int, xp) -> Any:
+    """`[size, size]` bool: whether column `j` comes before row `i`."""
+    index = xp.arange(size, dtype=xp.int32)
+    return index[None, :] < index[:, None]
+
+
+def tree_sum(x) -> Any:
+    """Sum the last axis in one order on every library: halves are added until one element is left."""
+    xp = namespace(x)
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        rest = x[..., 2 * half :]
+        x = xp.concat([x[..., :half] + x[..., half : 2 * half], rest], axis=-1)
+    return x[..., 0]
+
+
+def divide(x, count: int) -> Any:
+    """`x / count`, rounded once: XLA would multiply by the reciprocal of a constant."""
+    return x / rounded(namespace(x).asarray(count, dtype=x.dtype))
+
+
+def rounded(x) -> Any:
+    """`x`, kept from being fused into a following addition, which would skip the rounding of a product."""
+    if is_jax(namespace(x)):
+        from jax import lax
+
+        return lax.optimization_barrier(x)
+    return x
+
+
 def stable_order(ids) -> Any:
     """Stable ascending argsort of small integers along the last axis.
 

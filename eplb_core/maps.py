@@ -57,13 +57,14 @@ def derive_maps(
         "Pass one placement.",
     )
     check_ids(ids, ids.shape[-1], "derive_maps(physical_to_logical=...)")
-    _check_range(ids, num_logical)
-    order = _ops.stable_order(ids)
-    starts, counts = _segments(xp.take_along_axis(ids, order, axis=-1), num_logical)
+    check_range(ids, num_logical)
+    counts = _ops.count_ids(ids, num_logical)
     max_replicas = _checked_width(counts, max_replicas)
+    starts = xp.cumulative_sum(counts, axis=1, dtype=xp.int32) - counts
+    starts = starts + (ids.shape[1] - xp.sum(counts, axis=1, keepdims=True, dtype=xp.int32))
     replica = xp.arange(max_replicas, dtype=xp.int32)
-    position = xp.minimum(starts[:, :, None] + replica, xp.asarray(ids.shape[1] - 1, dtype=starts.dtype))
-    slots = xp.take_along_axis(order, xp.reshape(position, (ids.shape[0], -1)), axis=1)
+    position = xp.minimum(starts[:, :, None] + replica, xp.asarray(ids.shape[1] - 1, dtype=xp.int32))
+    slots = _ops.pick(_ops.stable_order(ids), xp.reshape(position, (ids.shape[0], -1)))
     slots = xp.reshape(xp.astype(slots, xp.int32), position.shape)
     return ExpertMaps(
         physical_to_logical=xp.astype(ids, xp.int32),
@@ -78,27 +79,12 @@ def count_replicas(physical_to_logical: Int[Any, "layers slots"], num_logical: i
     Raises:
         EplbError: if an id is not smaller than `num_logical`.
     """
-    xp = _ops.namespace(physical_to_logical)
-    _check_range(physical_to_logical, num_logical)
-    return _segments(xp.sort(physical_to_logical, axis=-1), num_logical)[1]
+    check_range(physical_to_logical, num_logical)
+    return _ops.count_ids(physical_to_logical, num_logical)
 
 
-def _segments(ids, num_logical: int):
-    """Start and length of the run of each expert in rows of sorted ids."""
-    xp = _ops.namespace(ids)
-    num_layers, num_slots = ids.shape
-    integer = _ops.int_dtype(xp)
-    # One search serves all layers: the row is the leading digit of a key in which EMPTY comes first.
-    row = xp.arange(num_layers, dtype=integer)[:, None] * (num_logical + 1)
-    keys = xp.reshape(row + xp.astype(ids, integer) + 1, (-1,))
-    wanted = row + xp.arange(1, num_logical + 2, dtype=integer)
-    edges = xp.searchsorted(keys, xp.reshape(wanted, (-1,)))
-    edges = xp.reshape(edges, wanted.shape) - xp.arange(num_layers, dtype=integer)[:, None] * num_slots
-    starts = xp.astype(edges[:, :-1], xp.int32)
-    return starts, xp.astype(edges[:, 1:], xp.int32) - starts
-
-
-def _check_range(ids, num_logical: int) -> None:
+def check_range(ids, num_logical: int) -> None:
+    """Refuse ids that are not smaller than `num_logical`; under a `jax.jit` trace they cannot be looked at."""
     require(
         num_logical >= 1,
         "`num_logical` must be >= 1",

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from eplb_core import _ops
-from eplb_core._checks import require
+from eplb_core._checks import EMPTY, require
 
 
 def pack(load: Float[Any, "rows items"], num_packs: int) -> Int[Any, "rows items"]:
@@ -90,3 +90,47 @@ def _fill_numpy(load, num_packs: int):
         filled[chosen] = position
         flat_load[chosen] = np.where(position < room, flat_load.take(chosen) + item_load, np.inf)
     return packed.reshape(num_rows, num_items)
+
+
+def pack_apart(
+    expert: Int[Any, "rows items"], load: Float[Any, "rows items"], num_packs: int
+) -> Int[Any, "rows items"]:
+    """Pack copies of experts like `pack`, but copies of one expert into different packs while that is possible.
+
+    Args:
+        expert: `[rows, items]` int32 the expert of each copy.
+        load: `[rows, items]` >= 0, finite.
+        num_packs: packs, a divisor of `items`. Static under `jax.jit`.
+
+    Returns:
+        `[rows, items]` int32: the expert in each place, pack by pack.
+
+    >>> pack_apart(np.asarray([[0, 0, 1, 2]], dtype=np.int32), np.asarray([[9.0, 9.0, 1.0, 1.0]]), 2).tolist()
+    [[0, 1, 0, 2]]
+    """
+    xp = _ops.namespace(load)
+    num_rows, num_items = load.shape
+    order = xp.argsort(-load, axis=1, stable=True)
+    sorted_expert, sorted_load = (xp.take_along_axis(x, order, axis=1) for x in (expert, load))
+    packs, places = (xp.arange(n, dtype=xp.int32) for n in (num_packs, num_items // num_packs))
+
+    def place_next(carry, item):
+        (held, pack_load, filled), (item_expert, item_load) = carry, item
+        full = xp.where(filled < places.shape[0], pack_load, xp.inf)
+        apart = xp.where(xp.any(held == item_expert[:, None, None], axis=2), xp.inf, full)
+        cost = xp.where(xp.any(xp.isfinite(apart), axis=1, keepdims=True), apart, full)
+        chosen = packs == xp.argmin(cost, axis=1, keepdims=True)
+        there = chosen[:, :, None] & (filled[:, :, None] == places)
+        held = xp.where(there, item_expert[:, None, None], held)
+        pack_load = xp.where(chosen, pack_load + item_load[:, None], pack_load)
+        return (held, pack_load, filled + xp.astype(chosen, xp.int32)), (item_expert,)
+
+    start = (
+        xp.full((num_rows, num_packs, places.shape[0]), EMPTY, dtype=xp.int32),
+        xp.zeros((num_rows, num_packs), dtype=load.dtype),
+        xp.zeros((num_rows, num_packs), dtype=xp.int32),
+    )
+    (held, _, _), _ = _ops.scan(
+        place_next, start, tuple(xp.permute_dims(x, (1, 0)) for x in (sorted_expert, sorted_load))
+    )
+    return xp.reshape(held, load.shape)

@@ -151,7 +151,7 @@ def preserve_slots(
         & (xp.cumulative_sum(_int(free), axis=1)[:, :, None] == xp.cumulative_sum(_int(left), axis=1)[:, None, :])
     )
     taken = xp.argmax(_int(stays | fills), axis=2)
-    return xp.reshape(xp.take_along_axis(source, taken, axis=1), new.shape)
+    return xp.reshape(_ops.pick(source, taken), new.shape)
 
 
 def _int(mask):
@@ -162,5 +162,5 @@ def _int(mask):
 def _occurrence(ids):
     """`[rows, n]` how many entries before each one in its row are equal to it."""
     xp = _ops.namespace(ids)
-    before = xp.tril(_int(ids[:, :, None] == ids[:, None, :]), k=-1)
-    return xp.sum(before, axis=2)
+    earlier = (ids[:, :, None] == ids[:, None, :]) & _ops.before(ids.shape[1], xp)
+    return xp.sum(_int(earlier), axis=2, dtype=xp.int32)

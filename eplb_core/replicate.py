@@ -9,7 +9,7 @@ from eplb_core import _ops
 
 
 def replicate(
-    load: Float[Any, "rows logical"], num_slots: int
+    load: Float[Any, "rows logical"], num_slots: int, *, max_copies: int | None = None
 ) -> tuple[Int[Any, "rows num_slots"], Int[Any, "rows logical"]]:
     """Give every expert one copy and each further slot to the expert with the most load per copy.
 
@@ -19,6 +19,8 @@ def replicate(
     Args:
         load: `[rows, logical]` >= 0, finite.
         num_slots: slots to fill, >= logical. Static under `jax.jit`.
+        max_copies: copies that an expert has use for; unlimited by default. Slots that no expert has use for go
+            to expert 0.
 
     Returns:
         `[rows, num_slots]` int32 the expert of each copy, first `0..logical-1` and then in the order of the steps;
@@ -37,16 +39,17 @@ def replicate(
     if num_slots == num_logical:
         return first, xp.ones((num_rows, num_logical), dtype=xp.int32)
     grow = _grow_numpy if _ops.is_numpy(xp) else _grow
-    expert, copies = grow(load, num_slots - num_logical)
+    expert, copies = grow(load, num_slots - num_logical, num_slots if max_copies is None else max_copies)
     return xp.concat([first, expert], axis=1), copies
 
 
-def _grow(load, num_steps: int):
+def _grow(load, num_steps: int, max_copies: int):
     xp = _ops.namespace(load)
-    expert = xp.arange(load.shape[1], dtype=xp.int32)
+    expert, full = xp.arange(load.shape[1], dtype=xp.int32), xp.asarray(-1.0, dtype=load.dtype)
 
     def give_next(copies, _):
-        chosen = xp.astype(xp.argmax(load / xp.astype(copies, load.dtype), axis=1), xp.int32)
+        share = xp.where(copies < max_copies, load / xp.astype(copies, load.dtype), full)
+        chosen = xp.astype(xp.argmax(share, axis=1), xp.int32)
         return copies + xp.astype(chosen[:, None] == expert, xp.int32), (chosen,)
 
     steps = xp.arange(num_steps, dtype=xp.int32)
@@ -54,15 +57,16 @@ def _grow(load, num_steps: int):
     return xp.permute_dims(chosen, (1, 0)), copies
 
 
-def _grow_numpy(load, num_steps: int):
+def _grow_numpy(load, num_steps: int, max_copies: int):
     """`_grow` in place: only the share of the chosen expert is divided again."""
     rows = np.arange(load.shape[0])
-    share, copies = load.copy(), np.ones(load.shape, dtype=np.int32)
+    share = load.copy() if max_copies > 1 else np.full(load.shape, -1.0)
+    copies = np.ones(load.shape, dtype=np.int32)
     expert = np.empty((load.shape[0], num_steps), dtype=np.int32)
     for step in range(num_steps):
         chosen = share.argmax(axis=1)
         expert[:, step] = chosen
         count = copies[rows, chosen] + 1
         copies[rows, chosen] = count
-        share[rows, chosen] = load[rows, chosen] / count
+        share[rows, chosen] = np.where(count < max_copies, load[rows, chosen] / count, -1.0)
     return expert, copies

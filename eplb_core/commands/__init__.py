@@ -4,7 +4,9 @@ import typer
 
 from eplb_core.commands.demo import demo
 
-app = typer.Typer(name="eplb", no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="eplb", no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @app.callback()

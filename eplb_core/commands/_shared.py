@@ -7,11 +7,28 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.")]
+
+def _check_folder(file: Path | None) -> Path | None:
+    if file is not None and not file.parent.is_dir():
+        raise typer.BadParameter(f"the folder {file.parent} does not exist.")
+    return file
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        dir_okay=False,
+        writable=True,
+        callback=_check_folder,
+        help="Write the results as JSON.",
+    ),
+]
 
 
 def require_modules(extra: str, *modules: str) -> None:
-    """End with exit code 2 and the extra to install, unless all modules can be imported."""
+    """End with exit code 2 and the extra to install, unless all modules can be found."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         fail(f"This command needs {' and '.join(missing)}. Install with: pip install 'eplb[{extra}]'", code=2)

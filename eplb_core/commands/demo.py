@@ -20,8 +20,10 @@ def demo(
 
     Trains a Qwen3-MoE (4 layers, 32 experts, top-4) on Python's own documentation and sources for some seconds,
     spreads its experts over several processes and serves held-out prose, then code, then both. Each time it counts
-    tokens per expert, makes a new placement, moves weights between the processes, and serves again. Exits with 1 if the balancedness after a move is below
-    0.85, if logits differ from the unmodified model's, or if a process fails.
+    tokens per expert, makes a new placement, moves weights between the processes, and serves again.
+
+    Exits with 1 if the balancedness after a move is below 0.85, if logits differ from the unmodified model's by
+    1e-4 or more, or if a process fails.
     """
     require_modules("cli,hf", "torch", "transformers", "rich")
     from eplb_torch.demo.ranks import RankFailure, prepare_ranks
@@ -33,7 +35,7 @@ def demo(
 
     options = DemoOptions(ranks, redundant, steps, policy, seed)
     try:
-        result = run_demo(options, Console())
+        result = run_demo(options, Console(highlight=False))
     except EplbError as error:
         fail(f"eplb demo: {error}", code=2)
     except RankFailure as error:
