@@ -107,9 +107,7 @@ def vllm_plan_rank(old: np.ndarray, new: np.ndarray, slots_per_rank: int, ep_ran
         add_recv=lambda tensors, src_rank, expert_id: plan.recvs.append((expert_id, src_rank)),
         execute=lambda: None,
     )
-    metadata = _vllm().rebalance_execute.move_to_buffer(
-        slots_per_rank, old, new, [], [], None, ep_rank, recorder
-    )
+    metadata = _vllm().rebalance_execute.move_to_buffer(slots_per_rank, old, new, [], [], None, ep_rank, recorder)
     return plan._replace(metadata=metadata)
 
 

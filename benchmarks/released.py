@@ -78,9 +78,7 @@ def _pip_download(requirement: str, scratch: Path, *options: str) -> str:
     return done.stderr[-2000:]
 
 
-def load(
-    root: Path, names: list[str], *, replace: Mapping[str, ModuleType] | None = None
-) -> list[ModuleType]:
+def load(root: Path, names: list[str], *, replace: Mapping[str, ModuleType] | None = None) -> list[ModuleType]:
     """Import modules from their files under `root`; everything else of their package becomes a stand-in.
 
     Args:

@@ -129,18 +129,26 @@ def pick(x, index) -> Any:
     return xp.take_along_axis(x, index, axis=1)
 
 
-def holds(held, wanted) -> Any:
-    """Whether the last axis of `held` contains `wanted`, which broadcasts against its other axes.
+def put(x, index, value) -> Any:
+    """`x [rows, n]` with `value [rows, 1]` at `index [rows, 1]` of each row."""
+    xp = namespace(x)
+    if is_numpy(xp):
+        x = x.copy()
+        x[np.arange(x.shape[0])[:, None], index] = value
+        return x
+    return xp.where(xp.arange(x.shape[1], dtype=index.dtype) == index, value, x)
 
-    NumPy goes place by place: reducing a short last axis is slow there.
-    """
+
+def holds(held, wanted) -> Any:
+    """Whether the last axis of `held` contains `wanted`, which broadcasts against its other axes."""
     xp = namespace(held)
-    if not is_numpy(xp):
-        return xp.any(held == wanted[..., None], axis=-1)
-    found = held[..., 0] == wanted
-    for place in range(1, held.shape[-1]):
-        found |= held[..., place] == wanted
-    return found
+    same = held == wanted[..., None]
+    if not is_numpy(xp) or same.shape[-1] > 127:
+        return xp.any(same, axis=-1)
+    # NumPy reduces a short last axis slowly: read it as one integer, or add it up.
+    if same.shape[-1] in (1, 2, 4, 8):
+        return np.ascontiguousarray(same).view(f"u{same.shape[-1]}")[..., 0] != 0
+    return np.einsum("...k->...", same.view(np.int8)) > 0
 
 
 def count_ids(ids, num_ids: int) -> Any:

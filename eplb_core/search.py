@@ -66,7 +66,7 @@ def copy_share(held: Int[Any, " rows *places"], share: Float[Any, "rows logical"
 
 def _swap_step(topology: Topology, partners: int, cross_node_cost: float):
     """One swap per row."""
-    size, depth, near = topology.ep_size, topology.slots_per_rank, topology.ranks_per_node
+    depth, near = topology.slots_per_rank, topology.ranks_per_node
 
     def step(state, fixed):
         (held, rank_load, moves), (share, target, worth, max_moves) = state, fixed
@@ -86,13 +86,12 @@ def _swap_step(topology: Topology, partners: int, cross_node_cost: float):
         place, pair = best // (partners * depth), best % (partners * depth)
         partner = _ops.pick(light, pair // depth)
         gives, takes = _ops.pick(mine, place), _ops.pick(xp.reshape(theirs, (held.shape[0], -1)), pair)
-        at_mine = _one_hot(busiest, size)[:, :, None] & _one_hot(place, depth)[:, None, :]
-        at_theirs = _one_hot(partner, size)[:, :, None] & _one_hot(pair % depth, depth)[:, None, :]
-        held = xp.where(at_mine, takes[:, :, None], xp.where(at_theirs, gives[:, :, None], held))
+        at_mine, at_theirs = busiest * depth + place, partner * depth + pair % depth
+        flat = _ops.put(_ops.put(xp.reshape(held, (held.shape[0], -1)), at_mine, takes), at_theirs, gives)
         shift = copy_share(gives, share) - copy_share(takes, share)
-        rank_load = xp.where(_one_hot(busiest, size), rank_load - shift, rank_load)
-        rank_load = xp.where(_one_hot(partner, size), rank_load + shift, rank_load)
-        return (held, rank_load, moves + 2), go
+        rank_load = _ops.put(rank_load, busiest, most[:, None] - shift)
+        rank_load = _ops.put(rank_load, partner, _ops.pick(rank_load, partner) + shift)
+        return (xp.reshape(flat, held.shape), rank_load, moves + 2), go
 
     return step
 
@@ -116,9 +115,5 @@ def _lightest(rank_load, busiest, partners: int):
     found = []
     for _ in range(partners):
         found.append(xp.astype(xp.argmin(rank_load, axis=1, keepdims=True), xp.int32))
-        rank_load = xp.where(_one_hot(found[-1], size), xp.inf, rank_load)
+        rank_load = _ops.put(rank_load, found[-1], xp.inf)
     return xp.concat(found, axis=1)
-
-
-def _one_hot(index, size: int):
-    return index == _ops.namespace(index).arange(size, dtype=index.dtype)

@@ -39,12 +39,12 @@ class Jobs(NamedTuple):
 def choose_senders(held: Int[Any, "layers slots"], requests: Requests, topology: Topology) -> Int[Any, "layers slots"]:
     """Choose the slot that every requested expert is sent from.
 
-    Holders on the node of the receiver come before others. Jobs with one possible rank are settled first; each
-    other job, in slot order, goes to the candidate rank that has least to send in its layer so far, ties to the
-    nearest after the receiver, counting on by layer. Where the busiest sender of a layer then has two or more
-    messages over the least conceivable, messages are shifted along augmenting paths, until it has not or there is
-    no path. Hence, within the sets of candidates, the busiest sender of a layer has at most one message more than
-    in the best choice.
+    Holders on the node of the receiver come before others. Jobs with one possible rank are settled first. Each
+    other job, those with fewest candidates first and then in slot order, goes to the candidate rank that has least
+    to send in its layer so far, ties to the nearest after the receiver, counting on by layer. Where the busiest
+    sender of a layer then has two or more messages over the least conceivable, messages are shifted along
+    augmenting paths, until it has not or there is no path. Hence, within the sets of candidates, the busiest sender
+    of a layer has at most one message more than in the best choice.
 
     Args:
         held: `[layers, slots]` expert ids that can be read; `EMPTY` where nothing can.
@@ -61,36 +61,40 @@ def choose_senders(held: Int[Any, "layers slots"], requests: Requests, topology:
     holders = xp.reshape(xp.astype(order, xp.int32), (-1,))
     sent_from, sent = _settle_forced(holders, jobs, topology)
     undecided = (sent_from == EMPTY) & (jobs.stop > jobs.start)
-    columns = _pack_left(undecided)
+    # Jobs with few candidates first: the others can still go around them.
+    columns, places = _pack_left(undecided, jobs.stop - jobs.start)
     if columns.shape[1] > 0:
-        open_ = xp.take_along_axis(undecided, columns, axis=1)
-        slot, start, stop = (xp.take_along_axis(field, columns, axis=1) for field in jobs)
+        open_ = _ops.pick(undecided, columns)
+        slot, start, stop = (_ops.pick(field, columns) for field in jobs)
         open_jobs = Jobs(slot, start, xp.where(open_, stop, start))
         chosen, most_needed = _least_busy(holders, open_jobs, sent, topology)
         chosen = relieve(holders, open_jobs, chosen, sent, most_needed, topology)
-        sent_from = xp.where(undecided, _unpack(chosen, undecided), sent_from)
-    return xp.where(requests.wanted, _unpack(sent_from, requests.wanted), xp.asarray(EMPTY, dtype=xp.int32))
+        sent_from = xp.where(undecided, _unpack(chosen, places), sent_from)
+    _, places = _pack_left(requests.wanted)
+    return xp.where(requests.wanted, _unpack(sent_from, places), xp.asarray(EMPTY, dtype=xp.int32))
 
 
-def _pack_left(mask):
-    """`[layers, width]` columns in which the true entries of `mask` come first, in order.
+def _pack_left(mask, rank=None):
+    """Columns in which the true entries of `mask` come first, by `rank`, then in order; and where each entry went.
 
-    The width is the largest number of true entries of a row where that can be looked at, else all columns.
+    There are as many columns as any row has true entries where that can be looked at, else all.
     """
     xp = _ops.namespace(mask)
-    columns = _ops.stable_order(xp.astype(~mask, xp.int8))
-    if _ops.is_traced(mask):
-        return columns
-    return columns[:, : int(xp.max(xp.sum(xp.astype(mask, xp.int32), axis=1)))]
+    last = xp.asarray(2**15 - 1, dtype=xp.int32)
+    rank = 0 if rank is None else xp.astype(xp.minimum(rank, last - 1), xp.int32)
+    columns = _ops.stable_order(xp.where(mask, rank, last))
+    places = _ops.stable_order(columns)
+    if not _ops.is_traced(mask):
+        columns = columns[:, : int(xp.max(xp.sum(xp.astype(mask, xp.int32), axis=1)))]
+    return columns, places
 
 
-def _unpack(packed, mask):
-    """Undo `_pack_left`: spread the columns of `packed` over the true entries of `mask`; elsewhere anything."""
-    xp = _ops.namespace(mask)
+def _unpack(packed, places):
+    """Undo `_pack_left` for entries that were true; elsewhere anything."""
+    xp = _ops.namespace(places)
     if packed.shape[1] == 0:
-        return xp.full(mask.shape, EMPTY, dtype=xp.int32)
-    column = xp.cumulative_sum(xp.astype(mask, xp.int32), axis=1) - 1
-    return xp.take_along_axis(packed, xp.clip(column, 0, packed.shape[1] - 1), axis=1)
+        return xp.full(places.shape, EMPTY, dtype=xp.int32)
+    return _ops.pick(packed, xp.minimum(places, xp.asarray(packed.shape[1] - 1, dtype=places.dtype)))
 
 
 def _find_candidates(held, order, requests: Requests, topology: Topology) -> Jobs:
@@ -103,12 +107,12 @@ def _find_candidates(held, order, requests: Requests, topology: Topology) -> Job
         f"layers={num_layers}, slots={num_slots}",
         "Enable jax_enable_x64, or plan some layers at a time.",
     )
-    slot = _pack_left(requests.wanted)
-    wanted = xp.take_along_axis(requests.wanted, slot, axis=1)
+    slot, _ = _pack_left(requests.wanted)
+    wanted = _ops.pick(requests.wanted, slot)
     # One search serves all layers: the layer is the leading digit of the key.
     layer_key = xp.arange(num_layers, dtype=integer)[:, None] * (largest // num_layers)
-    keys = xp.reshape(layer_key + xp.astype(xp.take_along_axis(held, order, axis=1), integer) + 1, (-1,))
-    expert = xp.take_along_axis(xp.astype(requests.expert, integer), slot, axis=1)
+    keys = xp.reshape(layer_key + xp.astype(_ops.pick(held, order), integer) + 1, (-1,))
+    expert = _ops.pick(xp.astype(requests.expert, integer), slot)
     asked = xp.reshape(layer_key + expert + 1, (-1,))
     start, stop = xp.searchsorted(keys, asked), xp.searchsorted(keys, asked, side="right")
     if topology.num_nodes > 1:
@@ -159,9 +163,9 @@ def _least_busy(holders, jobs: Jobs, sent, topology: Topology):
         candidate = xp.reshape(xp.take(holders, xp.reshape(xp.minimum(position, last), (-1,))), position.shape)
         sender = candidate // topology.slots_per_rank
         distance = (sender - xp.astype(slot, xp.int32) // topology.slots_per_rank - layers) % ep_size
-        cost = xp.take_along_axis(sent, sender, axis=1) * ep_size + distance
+        cost = _ops.pick(sent, sender) * ep_size + distance
         best = xp.argmin(xp.where(inside, cost, xp.iinfo(xp.int32).max), axis=1, keepdims=True)
-        chosen = xp.take_along_axis(candidate, best, axis=1)
+        chosen = _ops.pick(candidate, best)
         busier = (ranks == chosen // topology.slots_per_rank) & (stop > start)
         return sent + xp.astype(busier, xp.int32), (chosen[:, 0],)
 

@@ -44,25 +44,34 @@ def exchange_copies(
     lightest = xp.min(load / xp.astype(xp.maximum(copies, xp.asarray(1, dtype=xp.int32)), load.dtype), axis=1)
     too_hot = _ops.rounded(mean * (1 + floor)) - _ops.rounded(lightest * (topology.slots_per_rank - 1))
     spare = topology.num_slots - xp.sum(copies, axis=1, dtype=xp.int32)
-    expert = xp.arange(load.shape[1], dtype=xp.int32)
 
     def step(state, fixed):
-        (copies, spare, used), (load, too_hot, max_moves) = state, fixed
-        count = xp.astype(copies, load.dtype)
-        share = xp.where(copies < topology.ep_size, load / xp.maximum(count, 1.0), -1.0)
-        share = xp.where(copies == 0, xp.inf, share)
-        after = xp.where(copies > 1, load / xp.maximum(count - 1.0, 1.0), xp.inf)
+        (copies, share, after, spare, used), (load, too_hot, max_moves) = state, fixed
         gains = xp.astype(xp.argmax(share, axis=1), xp.int32)[:, None]
         loses = xp.astype(xp.argmin(after, axis=1), xp.int32)[:, None]
-        hottest, missed = (_ops.pick(x, e)[:, 0] for x, e in ((share, gains), (after, loses)))
+        hottest, missed = _ops.pick(share, gains)[:, 0], _ops.pick(after, loses)[:, 0]
         free, lost = spare > 0, xp.isinf(hottest)
         factor = xp.where(hottest > too_hot, 1 + floor, 1 + MARGIN)
         go = (hottest >= 0) & (free | (hottest > factor * missed)) & (lost | (used < max_moves))
-        change = xp.astype(expert == gains, xp.int32) - xp.astype((expert == loses) & ~free[:, None], xp.int32)
-        return (copies + change, spare - xp.astype(free, xp.int32), used + xp.astype(~lost, xp.int32)), go
+        taken = xp.where(free, xp.asarray(0, dtype=xp.int32), xp.asarray(1, dtype=xp.int32))
+        for expert, change in ((gains, xp.ones_like(gains)), (loses, -taken[:, None])):
+            count = _ops.pick(copies, expert) + change
+            copies = _ops.put(copies, expert, count)
+            gain, loss = _values(_ops.pick(load, expert), count, topology.ep_size)
+            share, after = _ops.put(share, expert, gain), _ops.put(after, expert, loss)
+        return (copies, share, after, spare - (1 - taken), used + xp.astype(~lost, xp.int32)), go
 
-    state = copies, spare, xp.zeros_like(max_moves)
+    state = copies, *_values(load, copies, topology.ep_size), spare, xp.zeros_like(max_moves)
     return _ops.while_rows(step, state, (load, too_hot, max_moves), active)[0]
+
+
+def _values(load, copies, most: int):
+    """Load that one more copy would share in, or -1 if none is allowed; and load per copy after one less."""
+    xp = _ops.namespace(load)
+    count = xp.astype(copies, load.dtype)
+    share = xp.where(copies < most, load / xp.maximum(count, 1.0), -1.0)
+    after = xp.where(copies > 1, load / xp.maximum(count - 1.0, 1.0), xp.inf)
+    return xp.where(copies == 0, xp.inf, share), after
 
 
 def place_copies(
@@ -97,11 +106,11 @@ def place_copies(
     missing = wanted - count_replicas(kept, load.shape[1])
     by_rank = xp.reshape(kept, (-1, topology.ep_size, topology.slots_per_rank))
     rank_load = _ops.tree_sum(copy_share(by_rank, share))
-    moves = xp.zeros_like(max_moves)
-    todo = active & xp.any(missing > 0, axis=1)
-    by_rank, rank_load, missing, moves = _ops.while_rows(
-        _add_step, (by_rank, rank_load, missing, moves), (share,), todo
-    )
+    moves, todo = xp.zeros_like(max_moves), active & xp.any(missing > 0, axis=1)
+    # A rank without room weighs infinity.
+    room = xp.sum(xp.astype(by_rank == EMPTY, xp.int32), axis=2, dtype=xp.int32)
+    state = by_rank, xp.where(room > 0, rank_load, xp.inf), room, missing, moves
+    by_rank, *_, moves = _ops.while_rows(_add_step, state, (share,), todo)
     todo = active & xp.any(by_rank == EMPTY, axis=(1, 2)) & (moves < max_moves)
     state = by_rank, xp.zeros(by_rank.shape, dtype=xp.bool), moves
     by_rank, _, moves = _ops.while_rows(_fill_step, state, (load, max_moves), todo)
@@ -130,23 +139,24 @@ def _drop(held, share, wanted, topology: Topology):
 
 def _add_step(state, fixed):
     """Place the heaviest missing copy of each row, or give it up."""
-    (held, rank_load, missing, moves), (share,) = state, fixed
+    (held, rank_load, room, missing, moves), (share,) = state, fixed
     xp = _ops.namespace(held)
     expert = xp.astype(xp.argmax(xp.where(missing > 0, share, -1.0), axis=1, keepdims=True), xp.int32)
-    has = _ops.holds(held, expert)
-    room = _ops.holds(held, xp.full_like(expert, EMPTY))
-    cost = xp.where(room & ~has, rank_load, xp.inf)
+    cost = xp.where(_ops.holds(held, expert), xp.inf, rank_load)
     rank = xp.astype(xp.argmin(cost, axis=1, keepdims=True), xp.int32)
-    fits = xp.any(room & ~has, axis=1, keepdims=True)
-    on_rank = (xp.arange(held.shape[1], dtype=xp.int32) == rank) & fits
-    first = xp.astype(xp.argmax(xp.astype(held == EMPTY, xp.int8), axis=2), xp.int32)
-    there = on_rank[:, :, None] & (xp.arange(held.shape[2], dtype=xp.int32) == first[:, :, None])
-    new_held = xp.where(there, expert[:, :, None], held)
-    rank_load = xp.where(on_rank, rank_load + _ops.pick(share, expert), rank_load)
-    chosen = xp.arange(missing.shape[1], dtype=xp.int32) == expert
-    new_missing = xp.where(chosen, xp.where(fits, missing - 1, 0), missing)
+    fits = xp.isfinite(_ops.pick(cost, rank))
+    on_rank = _ops.pick(held, rank)[:, 0, :]
+    place = xp.astype(xp.argmax(xp.astype(on_rank == EMPTY, xp.int8), axis=1, keepdims=True), xp.int32)
+    at, flat = rank * held.shape[2] + place, xp.reshape(held, (held.shape[0], -1))
+    new_held = xp.reshape(_ops.put(flat, at, xp.where(fits, expert, _ops.pick(flat, at))), held.shape)
+    used = xp.astype(fits, xp.int32)
+    left = _ops.pick(room, rank) - used
+    heavier = _ops.pick(rank_load, rank) + xp.where(fits, _ops.pick(share, expert), 0.0)
+    rank_load = _ops.put(rank_load, rank, xp.where(left > 0, heavier, xp.inf))
+    still = xp.where(fits, _ops.pick(missing, expert) - 1, xp.zeros_like(expert))
+    new_missing = _ops.put(missing, expert, still)
     go = xp.any(missing > 0, axis=1)
-    return (new_held, rank_load, new_missing, moves + xp.astype(fits[:, 0], xp.int32)), go
+    return (new_held, rank_load, _ops.put(room, rank, left), new_missing, moves + used[:, 0]), go
 
 
 def _fill_step(state, fixed):
