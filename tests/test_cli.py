@@ -1,0 +1,74 @@
+"""The command line: what it loads, what it refuses and with which exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from eplb_core.cli import main
+from eplb_core.commands import app
+
+HEAVY = ("torch", "jax", "matplotlib", "transformers")
+
+
+def eplb(*args):
+    return CliRunner().invoke(app, args)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["demo", "--help"]])
+def test_help_loads_no_heavy_library(args):
+    code = (
+        "import sys\n"
+        "from eplb_core.cli import main\n"
+        f"sys.argv = ['eplb', *{args}]\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n"
+        f"    print(end.code, sorted(set({HEAVY}) & set(sys.modules)))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "Usage" in out.stdout
+    assert out.stdout.endswith("0 []\n")
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "eplb_core", "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "demo" in out.stdout
+
+
+def test_a_missing_command_line_library_is_named(monkeypatch, capsys):
+    for module in [name for name in sys.modules if name.startswith("eplb_core.commands")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "`eplb` needs typer. Install with: pip install 'eplb[cli]'\n"
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_demo_says_which_extra_is_missing(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    result = eplb("demo")
+    assert result.exit_code == 2
+    assert f"needs {module}. Install with: pip install 'eplb[cli,hf]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Usage"),
+        (["demo", "--ranks", "0"], "Invalid value for '--ranks'"),
+        (["demo", "--ranks", "3"], "Use num_redundant=10"),
+        (["demo", "--ranks", "130", "--redundant", "98"], "must have 1 to 128 ranks"),
+        (["demo", "--policy", "magic"], "policy='magic'"),
+        (["demo", "--json", "no/such/folder/out.json"], "does not exist"),
+        (["demo", "--json", "."], "is a directory"),
+        (["deom"], "No such command"),
+    ],
+)
+def test_requests_that_cannot_be_met_exit_with_2(args, message):
+    result = eplb(*args)
+    assert result.exit_code == 2
+    assert message in result.output
