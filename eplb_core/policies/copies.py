@@ -118,12 +118,19 @@ def place_copies(
 
 
 def _drop(held, share, wanted, topology: Topology):
-    """Empty the slots of surplus copies: of each expert those on the busiest ranks, ties to the lowest slot."""
+    """Empty the slots of surplus copies: of each expert those on the busiest ranks, ties to the lowest slot.
+
+    Ranks that hold the hottest expert that gets a further copy come last: it could not take the slot.
+    """
     xp = _ops.namespace(held)
     num_rows, num_slots = held.shape
-    by_rank = xp.reshape(copy_share(held, share), (num_rows, topology.ep_size, -1))
+    by_rank = xp.reshape(held, (num_rows, topology.ep_size, -1))
     rank = xp.arange(num_slots, dtype=xp.int32) // topology.slots_per_rank
-    busy_rank = xp.argsort(xp.argsort(-_ops.tree_sum(by_rank), axis=1, stable=True), axis=1, stable=True)
+    rank_load = _ops.tree_sum(copy_share(by_rank, share))
+    gains = wanted > count_replicas(held, share.shape[1])
+    hottest = xp.astype(xp.argmax(xp.where(gains, share, -1.0), axis=1, keepdims=True), xp.int32)
+    rank_load = xp.where(_ops.holds(by_rank, hottest), -1.0, rank_load)
+    busy_rank = xp.argsort(xp.argsort(-rank_load, axis=1, stable=True), axis=1, stable=True)
     busy_first = _ops.stable_order(xp.take(busy_rank, rank, axis=1))
     order = _ops.pick(busy_first, _ops.stable_order(_ops.pick(held, busy_first)))
     sorted_ids = _ops.pick(held, order)
