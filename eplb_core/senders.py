@@ -41,8 +41,8 @@ def choose_senders(held: Int[Any, "layers slots"], requests: Requests, topology:
 
     Holders on the node of the receiver come before others. Jobs with one possible rank are settled first. Each
     other job, those with fewest candidates first and then in slot order, goes to the candidate rank that has least
-    to send in its layer so far, ties to the nearest after the receiver, counting on by layer. Where the busiest
-    sender of a layer then has two or more messages over the least conceivable, messages are shifted along
+    to send in its layer so far, then in all layers, then is nearest after the receiver, counting on by layer. Where
+    the busiest sender of a layer then has two or more messages over the least conceivable, messages are shifted along
     augmenting paths, until it has not or there is no path. Hence, within the sets of candidates, the busiest sender
     of a layer has at most one message more than in the best choice.
 
@@ -163,7 +163,9 @@ def _least_busy(holders, jobs: Jobs, sent, topology: Topology):
         candidate = xp.reshape(xp.take(holders, xp.reshape(xp.minimum(position, last), (-1,))), position.shape)
         sender = candidate // topology.slots_per_rank
         distance = (sender - xp.astype(slot, xp.int32) // topology.slots_per_rank - layers) % ep_size
-        cost = _ops.pick(sent, sender) * ep_size + distance
+        busy = xp.argsort(xp.argsort(xp.sum(sent, axis=0), stable=True), stable=True)
+        busy = xp.astype(xp.reshape(xp.take(busy, xp.reshape(sender, (-1,))), sender.shape), xp.int32)
+        cost = (_ops.pick(sent, sender) * ep_size + busy) * ep_size + distance
         best = xp.argmin(xp.where(inside, cost, xp.iinfo(xp.int32).max), axis=1, keepdims=True)
         chosen = _ops.pick(candidate, best)
         busier = (ranks == chosen // topology.slots_per_rank) & (stop > start)

@@ -1,8 +1,12 @@
 """Carry out move plans on torch tensors over NCCL or Gloo process groups."""
 
 from eplb_torch.dispatch import select_slots
-from eplb_torch.execute import RearrangeError, RearrangeReport, rearrange
+from eplb_torch.execute import rearrange
 from eplb_torch.in_process import InProcessWorld
+from eplb_torch.rearrangement import Rearrangement
+from eplb_torch.report import RearrangeError, RearrangeReport
+from eplb_torch.reserve import reserve
+from eplb_torch.staging import Staging
 from eplb_torch.transport import ProcessGroupTransport, Transport, TransportError
 from eplb_torch.weights import ExpertWeights
 
@@ -12,8 +16,11 @@ __all__ = (
     "ProcessGroupTransport",
     "RearrangeError",
     "RearrangeReport",
+    "Rearrangement",
+    "Staging",
     "Transport",
     "TransportError",
     "rearrange",
+    "reserve",
     "select_slots",
 )

@@ -1,9 +1,10 @@
-"""How bytes travel between ranks: the one interface that executors use, and its implementations."""
+"""How bytes travel between ranks: the one interface that executors use, and its process-group implementation."""
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from eplb_core._checks import EplbError, require
 Message = tuple[int, Tensor]
 """A peer's rank and a contiguous uint8 tensor to send to it or to receive from it."""
 
+_TAGS_PER_EPOCH = 4096
+_LOOK_AGAIN_SECONDS = 0.2
+
 
 class TransportError(RuntimeError):
     """A peer did not answer in time, or the connection to it failed."""
@@ -22,6 +26,9 @@ class TransportError(RuntimeError):
 class Transport(Protocol):
     """Messages between the ranks of one expert-parallel group. Every call returns or raises within its timeout.
 
+    All ranks make the same calls in the same order, from one thread at a time. A `gather` ends whatever went before:
+    messages of an `exchange` that failed on some ranks are never taken for messages after the next `gather`.
+
     rank: this process's ep_rank.
     size: ranks in the group.
     """
@@ -29,36 +36,56 @@ class Transport(Protocol):
     rank: int
     size: int
 
-    def all_gather(self, payload: bytes, timeout: float) -> list[bytes]:
-        """Give every rank the payloads of all ranks, in rank order. Payloads have equal lengths on all ranks.
+    def connect(self, timeout: float) -> None:
+        """Make all connections that would otherwise be made on first use. Every rank calls it; later calls are free.
 
         Raises:
             TransportError: if not all ranks took part within `timeout` seconds.
         """
         ...
 
+    def gather(self, payload: bytes, timeout: float) -> list[bytes | None]:
+        """Give every rank the payloads of all ranks, in rank order. Payloads have equal lengths on all ranks.
+
+        Returns:
+            The payload of each rank; None for ranks that were not heard within `timeout` seconds. Such a rank does
+            not keep others from being heard, now or in later calls.
+        """
+        ...
+
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], timeout: float) -> None:
         """Send and receive all messages; return when buffers may be reused.
 
-        At most one message goes to each peer and one comes from each. Every receive is matched by the peer's send
-        of the same number of bytes in the same call.
+        Messages of a pair of ranks match in order, those of one call only with each other, and matching ones have
+        the same number of bytes.
 
         Raises:
-            TransportError: if not all messages went through within `timeout` seconds.
+            TransportError: if not all messages went through within `timeout` seconds. Messages may still arrive
+                in the buffers afterwards: let go of these.
         """
         ...
 
 
 class ProcessGroupTransport:
-    """Messages over a `torch.distributed` process group: the same code for NCCL and Gloo.
+    """Messages over a `torch.distributed` process group: the same code for Gloo and for NCCL.
 
-    Tensors must be on the device that the group's backend serves. Messages carry no tag: per pair of ranks they
-    match in the order of calls, so all ranks must make the same calls.
+    Building one is a collective over the group's members if the group has no CPU backend, and local otherwise. A
+    group of its own keeps messages apart from the model's collectives, which is a must where both run at the same
+    time, as under `Rearrangement`.
+
+    On Gloo nothing here closes a connection: a wait that ran out of time is left to a daemon thread, as Gloo
+    answers a timeout of its own by closing *all* connections of the process, to healthy peers as well. Gloo's own
+    timeout, that of the group, must therefore be longer than those given here.
+
+    On NCCL, which knows neither tags nor timeouts of single messages, messages match by order alone, all ranks join
+    one collective before the first message, and small payloads travel over a Gloo group beside it. After a
+    timeout the device may still wait for the peer: abort the NCCL group and build a new one.
 
     Args:
-        group: the expert-parallel group; the default group if None. A group of its own keeps messages apart from
-            the model's collectives.
-        device: where the control messages live; by default CPU for Gloo and the current accelerator for others.
+        group: the expert-parallel group; the default group if None.
+        device: where rows lie; by default CPU for Gloo and the current accelerator for others.
+        control: a group of the same ranks with a CPU backend, for small payloads; by default `group` itself if it
+            has one, else a new Gloo group.
 
     Raises:
         EplbError: if torch.distributed is not initialised or this process is not in the group.
@@ -66,14 +93,20 @@ class ProcessGroupTransport:
     Not verified: NCCL, for want of a GPU where this library is tested. Gloo is.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | str | None = None,
+        control: dist.ProcessGroup | None = None,
+    ):
         require(
             dist.is_available() and dist.is_initialized(),
             "`ProcessGroupTransport` needs torch.distributed",
             "no initialised default process group",
             "Call torch.distributed.init_process_group first.",
         )
-        self.group = group if group is not None else dist.group.WORLD
+        self.group: Any = group if group is not None else dist.group.WORLD
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         require(
             self.rank >= 0,
@@ -82,47 +115,125 @@ class ProcessGroupTransport:
             "Build it on members only.",
         )
         self.device = torch.device(device) if device is not None else _backend_device(self.group)
+        self.control: Any = control if control is not None else _control_group(self.group)
+        self._connected = self.device.type == "cpu"
+        self._gathers = self._exchanges = 0
 
-    def all_gather(self, payload: bytes, timeout: float) -> list[bytes]:
-        """See `Transport.all_gather`."""
-        deadline = time.monotonic() + timeout
-        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self.device)
-        theirs = [torch.empty_like(mine) for _ in range(self.size)]
+    def connect(self, timeout: float) -> None:
+        """See `Transport.connect`."""
+        if self._connected:
+            return
+        # A lazily made communicator needs all ranks; messages between some of them would wait for the rest.
         try:
-            work = dist.all_gather(theirs, mine, group=self.group, async_op=True)
-            self._finish([work], deadline)
+            work = dist.all_reduce(torch.zeros(1, device=self.device), group=self.group, async_op=True)
+            self._finish_on_device([work], time.monotonic() + timeout)
         except RuntimeError as error:
-            raise TransportError(f"all_gather failed on rank {self.rank}: {error}") from error
-        return [tensor.cpu().numpy().tobytes() for tensor in theirs]
+            raise TransportError(f"rank {self.rank} could not connect: {error}") from error
+        self._connected = True
+
+    def gather(self, payload: bytes, timeout: float) -> list[bytes | None]:
+        """See `Transport.gather`."""
+        deadline = time.monotonic() + timeout
+        self._gathers, self._exchanges = self._gathers + 1, 0
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        theirs = [torch.empty_like(mine) for _ in peers]
+        recvs = [self._post(dist.irecv, buffer, peer) for buffer, peer in zip(theirs, peers, strict=True)]
+        sends = [self._post(dist.isend, mine, peer) for peer in peers]
+        arrived = _finish([*recvs, *sends], deadline)[: len(peers)]
+        payloads: list[bytes | None] = [payload] * self.size
+        for peer, buffer, result in zip(peers, theirs, arrived, strict=True):
+            payloads[peer] = buffer.numpy().tobytes() if result is True else None
+        return payloads
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], timeout: float) -> None:
         """See `Transport.exchange`."""
         deadline = time.monotonic() + timeout
+        self._exchanges += 1
+        if not sends and not recvs:
+            return
+        if self.device.type != "cpu":
+            self._exchange_on_device(sends, recvs, deadline)
+            return
+        peers = [peer for peer, _ in (*recvs, *sends)]
+        works = [self._post(dist.irecv, tensor, peer, self.group) for peer, tensor in recvs]
+        works += [self._post(dist.isend, tensor, peer, self.group) for peer, tensor in sends]
+        results = _finish(works, deadline)
+        failed = [(peer, result) for peer, result in zip(peers, results, strict=True) if result is not True]
+        if failed:
+            ranks, why = sorted({peer for peer, _ in failed}), failed[0][1]
+            detail = f"not done after {timeout:g} s" if why is None else str(why)
+            raise TransportError(f"messages between rank {self.rank} and ranks {ranks} failed: {detail}")
+
+    def _post(self, verb: Callable, tensor: Tensor, peer: int, group=None):
+        """Start one message; a connection that is broken already is a result like any other."""
+        tag = self._gathers % 2**18 * _TAGS_PER_EPOCH + self._exchanges % _TAGS_PER_EPOCH
+        group = self.control if group is None else group
+        try:
+            return verb(tensor, dist.get_global_rank(group, peer), group=group, tag=tag)
+        except RuntimeError as error:
+            return error
+
+    def _exchange_on_device(self, sends: Sequence[Message], recvs: Sequence[Message], deadline: float) -> None:
         ops = [self._op(dist.isend, peer, tensor) for peer, tensor in sends]
         ops += [self._op(dist.irecv, peer, tensor) for peer, tensor in recvs]
-        if not ops:
-            return
         try:
-            self._finish(dist.batch_isend_irecv(ops), deadline)
+            self._finish_on_device(dist.batch_isend_irecv(ops), deadline)
         except RuntimeError as error:
             raise TransportError(f"messages of rank {self.rank} failed: {error}") from error
 
     def _op(self, verb, peer: int, tensor: Tensor) -> dist.P2POp:
         return dist.P2POp(verb, tensor, dist.get_global_rank(self.group, peer), group=self.group)
 
-    def _finish(self, works, deadline: float) -> None:
+    def _finish_on_device(self, works, deadline: float) -> None:
         """Wait on the host. Work on an accelerator only orders streams, so its completion is polled for."""
         for work in works:
-            left = max(deadline - time.monotonic(), 1e-3)
-            work.wait(timedelta(seconds=left))
-        if self.device.type == "cpu":
-            return
+            work.wait(timedelta(seconds=max(deadline - time.monotonic(), 1e-3)))
         done = torch.Event(self.device)
         done.record()
         while not done.query():
             if time.monotonic() > deadline:
                 raise TransportError(f"rank {self.rank} waited past its deadline for the device")
             time.sleep(1e-4)
+
+
+def _finish(works: list, deadline: float) -> list:
+    """Wait for all works. Returns for each True, the error it ended with, or None if it is not done by then."""
+    results: list = [work if isinstance(work, RuntimeError) else None for work in works]
+    _in_background(works, results, range(len(works)), deadline)
+    late = [i for i, result in enumerate(results) if result is None]
+    if late:
+        # The first that is late hides those behind it: look at each by itself.
+        look_until = time.monotonic() + _LOOK_AGAIN_SECONDS
+        for i in late:
+            _in_background(works, results, [i], 0.0)
+        while any(results[i] is None for i in late) and time.monotonic() < look_until:
+            time.sleep(0.005)
+    return list(results)
+
+
+def _in_background(works: list, results: list, which: Sequence[int], deadline: float) -> None:
+    """Wait on a daemon thread, which is left alone at the deadline."""
+
+    def wait() -> None:
+        for i in which:
+            if results[i] is None:
+                try:
+                    works[i].wait()
+                    results[i] = True
+                except RuntimeError as error:
+                    results[i] = error
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=wait, daemon=True, name="eplb-wait").start()
+    done.wait(max(deadline - time.monotonic(), 0.0))
+
+
+def _control_group(group):
+    if "gloo" in str(dist.get_backend_config(group)):
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
 
 
 def _backend_device(group) -> torch.device:
