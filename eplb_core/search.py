@@ -76,7 +76,8 @@ def _swap_step(topology: Topology, partners: int, cross_node_cost: float):
         mine, theirs = _ops.pick(held, busiest)[:, 0, :], _ops.pick(held, light)
         gain = _gains(mine, theirs, share, _ops.pick(rank_load, busiest), _ops.pick(rank_load, light))
         if cross_node_cost != 1.0:
-            gain = gain / xp.where(busiest // near != light // near, cross_node_cost, 1.0)[:, None, :, None]
+            price = xp.asarray(cross_node_cost, dtype=gain.dtype)
+            gain = gain / xp.where(busiest // near != light // near, price, 1.0)[:, None, :, None]
         gain = xp.reshape(gain, (held.shape[0], -1))
         best = xp.astype(xp.argmax(gain, axis=1, keepdims=True), xp.int32)
         most = _ops.pick(rank_load, busiest)[:, 0]

@@ -18,6 +18,7 @@ from eplb_core import (
     apply_moves,
     balancedness,
     derive_maps,
+    load_bound,
     moved_experts,
     plan_moves,
     preserve_slots,
@@ -74,6 +75,43 @@ def test_with_x64_ties_are_broken_alike(problem):
     with jax.enable_x64(True):
         traced = jax.jit(GREEDY, static_argnums=1)(jnp.asarray(load), topology, previous=jnp.asarray(old))
     _same(traced, GREEDY(load, topology, previous=old))
+
+
+@pytest.mark.parametrize("policy", ["refined", "incremental"])
+@pytest.mark.parametrize("x64", [True, False])
+def test_searching_policies_give_numpys_integers(policy, x64):
+    """With x64 on any load, ties and zeros included; without it where no decision hangs on rounding.
+
+    That is tested on loads of random magnitude, whose comparisons are never close enough for float32 to turn.
+    """
+    topology, num_logical, num_layers = SIZES[0]
+    num_groups = topology.num_nodes
+
+    def place(load, previous):
+        return rebalance(load, topology, policy=policy, previous=previous, num_groups=num_groups)
+
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(x64):
+        traced = jax.jit(place)
+        for turn in range(60):
+            load = np.exp(rng.normal(0, 1.5, (num_layers, num_logical))) * 1000
+            if x64 and turn % 2:
+                load = rng.integers(0, 5, load.shape)
+            spare = rng.integers(0, num_logical, (num_layers, topology.num_slots - num_logical))
+            experts = np.broadcast_to(np.arange(num_logical), load.shape)
+            old = rng.permuted(np.concatenate([experts, spare], axis=1), axis=1).astype(np.int32)
+            load = load.astype(np.int32)
+            _same(traced(jnp.asarray(load), jnp.asarray(old)), place(load, old))
+
+
+@given(problem=problems(), policy=st.sampled_from(["refined", "incremental"]))
+@settings(max_examples=30)
+def test_searching_policies_on_a_strict_library(problem, policy):
+    topology, _, load, old, _ = problem
+    load_s, old_s = (array_api_strict.asarray(x.copy()) for x in (load, old))
+    placed = rebalance(load_s, topology, policy=policy, previous=old_s)
+    _same(np.asarray(placed), rebalance(load, topology, policy=policy, previous=old))
+    np.testing.assert_allclose(np.asarray(load_bound(load_s, topology)), load_bound(load, topology))
 
 
 @given(problem=problems())

@@ -51,7 +51,7 @@ def exchange_copies(
         loses = xp.astype(xp.argmin(after, axis=1), xp.int32)[:, None]
         hottest, missed = _ops.pick(share, gains)[:, 0], _ops.pick(after, loses)[:, 0]
         free, lost = spare > 0, xp.isinf(hottest)
-        factor = xp.where(hottest > too_hot, 1 + floor, 1 + MARGIN)
+        factor = xp.where(hottest > too_hot, xp.asarray(1 + floor, dtype=load.dtype), 1 + MARGIN)
         go = (hottest >= 0) & (free | (hottest > factor * missed)) & (lost | (used < max_moves))
         taken = xp.where(free, xp.asarray(0, dtype=xp.int32), xp.asarray(1, dtype=xp.int32))
         for expert, change in ((gains, xp.ones_like(gains)), (loses, -taken[:, None])):
