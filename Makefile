@@ -26,7 +26,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(RUN)
 
 bench: $(STAMP)
 	$(RUN) -m benchmarks

@@ -63,7 +63,7 @@ def schedule_rounds(plan: MovePlan, topology: Topology, *, layers: Any = None) -
     >>> plan = MovePlan(np.asarray([[2, 1, 1, 3]]))
     >>> schedule = schedule_rounds(plan, Topology(ep_size=2, slots_per_rank=2))
     >>> schedule.src_slot.tolist(), schedule.dst_slot.tolist(), schedule.num_rounds
-    ([2, 1], [0, 2], 1)
+    ([1, 2], [2, 0], 1)
     """
     source = np.asarray(_ops.as_array(plan.source_slot))
     check_ids(source, topology.num_slots, "schedule_rounds(plan=...)")

@@ -70,7 +70,7 @@ def rebalance(
     >>> import numpy as np
     >>> topology = Topology(ep_size=2, slots_per_rank=3)
     >>> rebalance(np.asarray([[90, 10, 10, 10]]), topology, policy="greedy").tolist()
-    [[0, 0, 1, 0, 2, 3]]
+    [[0, 0, 3, 0, 1, 2]]
     >>> before = np.asarray([[0, 1, 2, 3, 1, 2]])
     >>> rebalance(np.asarray([[90, 10, 10, 10]]), topology, previous=before).tolist()
     [[0, 1, 2, 3, 0, 2]]
