@@ -102,6 +102,21 @@ def test_max_moves_is_a_limit_per_layer(problem, max_moves):
     assert (moved_experts(previous, placed, topology) <= max_moves).all()
 
 
+@given(problems())
+def test_without_a_budget_nothing_changes(problem):
+    topology, load, previous = problem
+    for options in ({"max_moves": 0}, {"max_total_moves": 0}):
+        assert rebalance(load, topology, previous=previous, **options).tolist() == previous.tolist()
+
+
+@given(problems(empty=True), st.sampled_from([None, 0.0, 10.0]))
+def test_lost_experts_get_a_copy_whatever_the_budget_and_the_tolerance(problem, tolerance):
+    topology, load, previous = problem
+    for tokens in (load, load * 0):
+        placed = rebalance(tokens, topology, previous=previous, max_moves=0, tolerance=tolerance)
+        check_placement(placed, topology, load.shape[1])
+
+
 @given(problems(), st.integers(0, 12))
 def test_max_total_moves_is_a_limit_for_all_layers(problem, max_total_moves):
     topology, load, previous = problem

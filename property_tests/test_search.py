@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from eplb_core import EMPTY, Topology
 from eplb_core.maps import count_replicas
-from eplb_core.policies.copies import MARGIN, exchange_copies, place_copies
+from eplb_core.policies.copies import MARGIN, _drop, exchange_copies, place_copies
 from eplb_core.policies.incremental import CAUTION, MEMORY, TOLERANCE, aim, without_doubles
 from eplb_core.search import NEAR, NOTHING, swap_copies
 from eplb_core.testing import loads, model_rank_load, placements, topologies
@@ -63,7 +63,7 @@ def plain_swaps(held, share, topology, target, worth, offset, budget, price):
 
 @given(
     rows(max_ranks_per_node=6),
-    st.sampled_from([0.0, 0.1]),
+    st.sampled_from([0.0, 0.1, None]),
     st.sampled_from([0.0, 1e4]),
     st.sampled_from([0, 3, 2**20]),
     st.sampled_from([1.0, 2.0]),
@@ -72,8 +72,10 @@ def plain_swaps(held, share, topology, target, worth, offset, budget, price):
 def test_swaps_are_the_ones_described(problem, slack, worth, budget, price, offset):
     topology, load, held = problem
     share = load / np.maximum(count_replicas(held, load.shape[1]), 1)
-    target = load.sum(axis=1) / topology.ep_size * (1 + slack)
     offsets = offset * (np.arange(topology.ep_size) % 3 - 1.0)[None]
+    target = load.sum(axis=1) / topology.ep_size * (1 + (slack or 0.0))
+    if slack is None:  # the busiest rank is just there
+        target = (model_rank_load(held[0].tolist(), load[0].tolist(), topology) + offsets).max(axis=1)
     got = swap_copies(
         held,
         share,
@@ -120,6 +122,24 @@ def test_copies_pass_from_who_misses_them_least_to_the_hottest(data, problem, bu
         counts[loses] -= spare == 0
         spare -= spare > 0
     assert got[0].tolist() == counts
+
+
+@given(st.data(), rows())
+def test_surplus_copies_leave_the_busiest_ranks(data, problem):
+    topology, load, held = problem
+    copies = count_replicas(held, load.shape[1])
+    fewer = np.asarray([[data.draw(st.integers(min(c, 1), c)) for c in copies[0].tolist()]], dtype=np.int32)
+    share = load / np.maximum(fewer, 1)
+    got = _drop(held, share, fewer, topology)
+    assert count_replicas(got, load.shape[1]).tolist() == fewer.tolist()
+    rank = np.arange(topology.num_slots) // topology.slots_per_rank
+    total = [sum(share[0, e] for e in held[0, rank == r] if e != EMPTY) for r in range(topology.ep_size)]
+    for expert in range(load.shape[1]):
+        slots = np.flatnonzero(held[0] == expert)
+        kept = slots[got[0, slots] == expert]
+        gone = slots[got[0, slots] == EMPTY]
+        assert len(kept) + len(gone) == len(slots)
+        assert all(total[rank[a]] >= total[rank[b]] * (1 - 1e-12) for a in gone for b in kept)
 
 
 @given(rows())

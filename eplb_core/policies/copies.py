@@ -129,7 +129,8 @@ def _drop(held, share, wanted, topology: Topology):
     rank_load = _ops.tree_sum(copy_share(by_rank, share))
     gains = wanted > count_replicas(held, share.shape[1])
     hottest = xp.astype(xp.argmax(xp.where(gains, share, -1.0), axis=1, keepdims=True), xp.int32)
-    rank_load = xp.where(_ops.holds(by_rank, hottest), -1.0, rank_load)
+    useless = _ops.holds(by_rank, hottest) & xp.any(gains, axis=1, keepdims=True)
+    rank_load = xp.where(useless, -1.0, rank_load)
     busy_rank = xp.argsort(xp.argsort(-rank_load, axis=1, stable=True), axis=1, stable=True)
     busy_first = _ops.stable_order(xp.take(busy_rank, rank, axis=1))
     order = _ops.pick(busy_first, _ops.stable_order(_ops.pick(held, busy_first)))
@@ -178,7 +179,7 @@ def _fill_step(state, fixed):
     has = xp.any(on_rank[:, 0, :, None] == expert, axis=1)
     copies = count_replicas(xp.reshape(held, (num_rows, -1)), load.shape[1])
     share = load / xp.maximum(xp.astype(copies, load.dtype), 1.0)
-    share = xp.where(has | (copies >= size), -1.0, share)
+    share = xp.where(has, -1.0, share)
     hottest = xp.astype(xp.argmax(share, axis=1, keepdims=True), xp.int32)
     useful = xp.max(share, axis=1, keepdims=True) >= 0
     there = xp.reshape(xp.arange(size * depth, dtype=xp.int32) == slot, held.shape)
