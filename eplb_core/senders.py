@@ -144,7 +144,7 @@ def _settle_forced(holders, jobs: Jobs, topology: Topology):
 
 
 def _least_busy(holders, jobs: Jobs, sent, topology: Topology):
-    """Give the open jobs in turn to the least busy candidate.
+    """Give the open jobs in turn to the least busy candidate; in layers where that ends badly, once more.
 
     Returns the chosen slots `[layers, jobs]` and `[layers]` a number of messages that some sender must have anyway:
     those of the busiest forced sender, or the mean, rounded up.
@@ -157,7 +157,8 @@ def _least_busy(holders, jobs: Jobs, sent, topology: Topology):
     offset, last = xp.arange(width, dtype=jobs.start.dtype), holders.shape[0] - 1
 
     def give_next(sent, job):
-        slot, start, stop = (field[:, None] for field in job)
+        slot, start, stop, current = (field[:, None] for field in job)
+        sent = sent - xp.astype((ranks == current // topology.slots_per_rank) & (stop > start), xp.int32)
         position = start + offset
         inside = position < stop
         candidate = xp.reshape(xp.take(holders, xp.reshape(xp.minimum(position, last), (-1,))), position.shape)
@@ -172,6 +173,13 @@ def _least_busy(holders, jobs: Jobs, sent, topology: Topology):
         return sent + xp.astype(busier, xp.int32), (chosen[:, 0],)
 
     by_job = tuple(xp.permute_dims(field, (1, 0)) for field in jobs)
-    total, (chosen,) = _ops.scan(give_next, sent, by_job)
+    nobody = xp.full(by_job[0].shape, EMPTY, dtype=xp.int32)
+    total, (chosen,) = _ops.scan(give_next, sent, (*by_job, nobody))
     mean = -(-xp.sum(total, axis=1, dtype=xp.int32) // ep_size)
-    return xp.permute_dims(chosen, (1, 0)), xp.maximum(mean, xp.max(sent, axis=1))
+    least = xp.maximum(mean, xp.max(sent, axis=1))
+    late = xp.max(total, axis=1) > least + 1
+    if traced or bool(xp.any(late)):
+        # Choosing again, when all others have chosen, spares most of the search for paths.
+        _, (again,) = _ops.scan(give_next, total, (*by_job, chosen))
+        chosen = xp.where(late, again, chosen)
+    return xp.permute_dims(chosen, (1, 0)), least

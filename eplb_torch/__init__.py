@@ -6,6 +6,7 @@ from eplb_torch.in_process import InProcessWorld
 from eplb_torch.rearrangement import Rearrangement
 from eplb_torch.report import RearrangeError, RearrangeReport
 from eplb_torch.reserve import reserve
+from eplb_torch.staged_transport import StagedTransport
 from eplb_torch.staging import Staging
 from eplb_torch.transport import ProcessGroupTransport, Transport, TransportError
 from eplb_torch.weights import ExpertWeights
@@ -17,6 +18,7 @@ __all__ = (
     "RearrangeError",
     "RearrangeReport",
     "Rearrangement",
+    "StagedTransport",
     "Staging",
     "Transport",
     "TransportError",

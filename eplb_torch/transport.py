@@ -1,5 +1,6 @@
 """How bytes travel between ranks: the one interface that executors use, and its process-group implementation."""
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -118,6 +119,7 @@ class ProcessGroupTransport:
         self.control: Any = control if control is not None else _control_group(self.group)
         self._connected = self.device.type == "cpu"
         self._gathers = self._exchanges = 0
+        self._waiter = _Waiter()
 
     def connect(self, timeout: float) -> None:
         """See `Transport.connect`."""
@@ -140,7 +142,7 @@ class ProcessGroupTransport:
         theirs = [torch.empty_like(mine) for _ in peers]
         recvs = [self._post(dist.irecv, buffer, peer) for buffer, peer in zip(theirs, peers, strict=True)]
         sends = [self._post(dist.isend, mine, peer) for peer in peers]
-        arrived = _finish([*recvs, *sends], deadline)[: len(peers)]
+        arrived = self._waiter.finish([*recvs, *sends], deadline)[: len(peers)]
         payloads: list[bytes | None] = [payload] * self.size
         for peer, buffer, result in zip(peers, theirs, arrived, strict=True):
             payloads[peer] = buffer.numpy().tobytes() if result is True else None
@@ -158,7 +160,7 @@ class ProcessGroupTransport:
         peers = [peer for peer, _ in (*recvs, *sends)]
         works = [self._post(dist.irecv, tensor, peer, self.group) for peer, tensor in recvs]
         works += [self._post(dist.isend, tensor, peer, self.group) for peer, tensor in sends]
-        results = _finish(works, deadline)
+        results = self._waiter.finish(works, deadline)
         failed = [(peer, result) for peer, result in zip(peers, results, strict=True) if result is not True]
         if failed:
             ranks, why = sorted({peer for peer, _ in failed}), failed[0][1]
@@ -197,25 +199,42 @@ class ProcessGroupTransport:
             time.sleep(1e-4)
 
 
-def _finish(works: list, deadline: float) -> list:
-    """Wait for all works. Returns for each True, the error it ended with, or None if it is not done by then."""
-    results: list = [work if isinstance(work, RuntimeError) else None for work in works]
-    _in_background(works, results, range(len(works)), deadline)
-    late = [i for i, result in enumerate(results) if result is None]
-    if late:
-        # The first that is late hides those behind it: look at each by itself.
-        look_until = time.monotonic() + _LOOK_AGAIN_SECONDS
+class _Waiter:
+    """Waits for works of Gloo on a daemon thread, which is left alone if they take too long."""
+
+    def __init__(self):
+        self._jobs: queue.SimpleQueue | None = None
+
+    def finish(self, works: list, deadline: float) -> list:
+        """Wait for all works. Returns for each True, the error it ended with, or None if it is not done by then."""
+        results: list = [work if isinstance(work, RuntimeError) else None for work in works]
+        if self._jobs is None:
+            self._jobs = queue.SimpleQueue()
+            threading.Thread(target=_serve, args=(self._jobs,), daemon=True, name="eplb-wait").start()
+        done = threading.Event()
+        self._jobs.put((works, results, range(len(works)), done))
+        if not done.wait(max(deadline - time.monotonic(), 0.0)):
+            self._jobs = None
+            self._look_at_each(works, results)
+        return list(results)
+
+    @staticmethod
+    def _look_at_each(works: list, results: list) -> None:
+        """The first work that is late hides those behind it."""
+        late = [i for i, result in enumerate(results) if result is None]
         for i in late:
-            _in_background(works, results, [i], 0.0)
+            jobs = queue.SimpleQueue()
+            jobs.put((works, results, [i], threading.Event()))
+            jobs.put(None)
+            threading.Thread(target=_serve, args=(jobs,), daemon=True, name="eplb-wait").start()
+        look_until = time.monotonic() + _LOOK_AGAIN_SECONDS
         while any(results[i] is None for i in late) and time.monotonic() < look_until:
             time.sleep(0.005)
-    return list(results)
 
 
-def _in_background(works: list, results: list, which: Sequence[int], deadline: float) -> None:
-    """Wait on a daemon thread, which is left alone at the deadline."""
-
-    def wait() -> None:
+def _serve(jobs: queue.SimpleQueue) -> None:
+    while (job := jobs.get()) is not None:
+        works, results, which, done = job
         for i in which:
             if results[i] is None:
                 try:
@@ -224,10 +243,7 @@ def _in_background(works: list, results: list, which: Sequence[int], deadline: f
                 except RuntimeError as error:
                     results[i] = error
         done.set()
-
-    done = threading.Event()
-    threading.Thread(target=wait, daemon=True, name="eplb-wait").start()
-    done.wait(max(deadline - time.monotonic(), 0.0))
+        del job, works, results, done
 
 
 def _control_group(group):

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from eplb_torch.agreement import decide
@@ -38,11 +38,11 @@ def run_vote(votes, delivered):
     return [vote(rank, told) for rank in range(size)]
 
 
-def check_claims(verdicts):
-    """Who says that others agree is right about all those it does not call lost."""
+def check_claims(verdicts, faulty):
+    """Also the faulty rank, when it is back, is right about all those it does not call lost."""
     for rank, verdict in enumerate(verdicts):
         for other in range(len(verdicts)):
-            if verdict.agreed and other != rank and other not in verdict.lost_ranks:
+            if verdict.agreed and other not in (rank, faulty, *verdict.lost_ranks):
                 assert verdicts[other].accepted == verdict.accepted
 
 
@@ -59,7 +59,14 @@ def one_faulty_rank(draw):
     return votes, delivered, faulty
 
 
+def came_back_too_late():
+    """Rank 0 is heard by nobody, and finds what all others said."""
+    delivered = [[[src != 0] * 3 for src in range(3)] for _ in range(2)]
+    return [True] * 3, delivered, 0
+
+
 @given(one_faulty_rank())
+@example(came_back_too_late())
 def test_with_one_faulty_rank_all_others_agree_and_know_it(case):
     votes, delivered, faulty = case
     verdicts = run_vote(votes, delivered)
@@ -68,7 +75,10 @@ def test_with_one_faulty_rank_all_others_agree_and_know_it(case):
     assert all(verdict.agreed and set(verdict.lost_ranks) <= {faulty} for verdict in others)
     if not all(votes):
         assert not any(verdict.accepted for verdict in verdicts)
-    check_claims(verdicts)
+    if len(votes) > 2 and not any(verdict.accepted for verdict in others):
+        # Also when it comes back and finds the votes of all in its inbox.
+        assert not verdicts[faulty].accepted
+    check_claims(verdicts, faulty)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=5))

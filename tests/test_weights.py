@@ -5,6 +5,7 @@ import torch
 
 from eplb_core import EplbError
 from eplb_torch import ExpertWeights
+from eplb_torch.checksum import checksum_rows
 from eplb_torch.parcel import Parcel, WireFormat, copy_rows
 from eplb_torch.staging import Staging
 from tests.expert_rows import FIELDS, same_bytes
@@ -74,3 +75,67 @@ def test_layout_names_all_that_must_agree():
     assert one == ExpertWeights([{"w": torch.ones(4, 3)}]).layout()
     for other in ({"v": torch.zeros(2, 3)}, {"w": torch.zeros(2, 4)}, {"w": torch.zeros(2, 3).half()}):
         assert one != ExpertWeights([other]).layout()
+
+
+def experts_module(**attributes) -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.up = torch.nn.Parameter(torch.zeros(3, 4, 2))
+    module.register_buffer("scale", torch.ones(3))
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return torch.nn.ModuleDict({"moe": module})
+
+
+def test_from_module_finds_parameters_buffers_and_plain_attributes():
+    inner = torch.nn.Module()
+    inner.alpha = torch.ones(3, 2)
+    model = experts_module(kernel=inner, tables=[torch.zeros(3), {"b": torch.zeros(3, 1)}])
+    weights = ExpertWeights.from_module(model, ["moe"], slots_per_rank=3)
+    assert sorted(weights.layers[0]) == ["kernel.alpha", "scale", "tables.0", "tables.1.b", "up"]
+    assert weights.layers[0]["up"] is model["moe"].up
+
+
+FORGOTTEN = {
+    "a scale of another shape": ({"odd": torch.zeros(1)}, {}, r"moe\.odd \(1,\)"),
+    "a transposed tensor": ({"down": torch.nn.Parameter(torch.zeros(2, 3))}, {}, r"moe\.down \(2, 3\)"),
+    "a scalar": ({"step": torch.tensor(1.0)}, {}, r"moe\.step \(\)"),
+    "a wrong exclusion": ({}, {"exclude": ["sclae"]}, r"\[sclae\], which match none"),
+    "no such layer": ({}, {"layers": ["mo"]}, r"no module at \[mo\]"),
+}
+
+
+@pytest.mark.parametrize("case", FORGOTTEN)
+def test_from_module_refuses_what_it_cannot_place(case):
+    attributes, options, message = FORGOTTEN[case]
+    options = {"layers": ["moe"], "slots_per_rank": 3, **options}
+    with pytest.raises(EplbError, match=message):
+        ExpertWeights.from_module(experts_module(**attributes), **options)
+
+
+def test_from_module_leaves_out_what_is_excluded():
+    model = experts_module(norm_weight=torch.zeros(7), norm_bias=torch.zeros(7))
+    weights = ExpertWeights.from_module(model, ["moe"], slots_per_rank=3, exclude=["norm_*"])
+    assert sorted(weights.layers[0]) == ["scale", "up"]
+
+
+def test_expanded_tensors_are_refused():
+    with pytest.raises(EplbError, match=r"strides \(0, 1\)"):
+        ExpertWeights([{"w": torch.zeros(1, 4).expand(3, 4)}])
+
+
+def test_tensors_on_the_meta_device_are_refused():
+    with pytest.raises(EplbError, match="one real device"):
+        ExpertWeights([{"w": torch.zeros(3, 4), "scale": torch.zeros(3, device="meta")}])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+def test_a_checksum_notices_every_changed_byte_and_swapped_values(dtype):
+    row = torch.arange(24, dtype=torch.uint8).view(dtype)
+    whole = checksum_rows([[row, row.clone()]], row.device)
+    for i in range(24):
+        damaged = row.clone()
+        damaged.view(torch.uint8)[i] ^= 1 << (i % 8)
+        assert not torch.equal(checksum_rows([[damaged, row]], row.device), whole)
+        assert not torch.equal(checksum_rows([[row, damaged]], row.device), whole)
+    assert not torch.equal(checksum_rows([[row.flip(0), row]], row.device), whole)
+    assert torch.equal(checksum_rows([[row, row], [row]], row.device)[:1], whole)
