@@ -223,3 +223,24 @@ def test_incremental_moves_little_when_the_load_moves_little():
     ).sum()
     assert moved <= 0.1 * moved_by_greedy
     assert balancedness(first, noisy, topology).mean() > 0.97
+
+
+def test_groups_change_nodes_only_when_a_node_is_out_of_tolerance():
+    """Two nodes of two groups: a few percent above the mean is left alone, a hot pair of groups is separated."""
+    topology = Topology(4, 4, num_nodes=2)
+    even = np.full((1, 16), 100)
+    first = rebalance(even, topology, num_groups=4)
+    node_of_group = {g: int(np.flatnonzero(first[0] // 4 == g)[0] // topology.slots_per_node) for g in range(4)}
+    together = [g for g in range(4) if node_of_group[g] == node_of_group[0]]
+
+    def nodes_after(factor):
+        load = even.copy()
+        for g in together:
+            load[0, 4 * g : 4 * g + 4] = int(100 * factor)
+        placed = rebalance(load, topology, num_groups=4, previous=first)
+        return {g: int(np.flatnonzero(placed[0] // 4 == g)[0] // topology.slots_per_node) for g in range(4)}
+
+    assert nodes_after(1.04) == node_of_group
+    separated = nodes_after(3.0)
+    assert separated[together[0]] != separated[together[1]]
+    assert sum(separated[g] != node_of_group[g] for g in range(4)) == 2

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from eplb_core import Topology, plan_moves
 from eplb_core.testing import placements
@@ -32,7 +32,10 @@ class Failing(InProcessTransport):
 
 
 class Serving(RuleBasedStateMachine):
-    """Three ranks in lock-step; every rule is one thing that may happen at a boundary."""
+    """Three ranks in lock-step; every rule is one thing that may happen at a boundary.
+
+    No rule has a precondition: whether a rearrangement is over depends on threads, and choices must not.
+    """
 
     @initialize(data=st.data())
     def load(self, data):
@@ -43,10 +46,15 @@ class Serving(RuleBasedStateMachine):
         self.weights = [ExpertWeights(expert_layers(self.held, TOPOLOGY, rank)) for rank in range(world.size)]
         self.moving = []
 
-    @precondition(lambda self: not self.moving)
-    @rule(data=st.data(), rows=st.sampled_from([1, 4, 1000]), lead=st.sampled_from([0.0, 0.003]))
-    def start(self, data, rows, lead):
-        self.old, self.new = self.held, np.asarray(data.draw(placements(TOPOLOGY, LOGICAL, LAYERS)))
+    @rule(
+        new=placements(TOPOLOGY, LOGICAL, LAYERS),
+        rows=st.sampled_from([1, 4, 1000]),
+        lead=st.sampled_from([0.0, 0.003]),
+    )
+    def start(self, new, rows, lead):
+        if self.moving:
+            return
+        self.old, self.new = self.held, np.asarray(new)
         plan = plan_moves(self.old, self.new, TOPOLOGY)
         limit = rows * self.weights[0].row_bytes(0)
         self.moving = [
@@ -56,7 +64,6 @@ class Serving(RuleBasedStateMachine):
             for weights, transport in zip(self.weights, self.transports, strict=True)
         ]
 
-    @precondition(lambda self: self.moving)
     @rule(steps=st.integers(1, 20))
     def serve(self, steps):
         for _ in range(steps):
@@ -67,22 +74,24 @@ class Serving(RuleBasedStateMachine):
                 except RearrangeError:
                     layers = ()
                 switched.add(layers)
-            assert len(switched) == 1, switched
+            assert len(switched) <= 1, switched
             time.sleep(0.001)
         self._look_whether_done()
 
-    @precondition(lambda self: self.moving)
     @rule(rank=st.integers(0, TOPOLOGY.ep_size - 1))
     def abort(self, rank):
-        self.moving[rank].abort()
+        if self.moving:
+            self.moving[rank].abort()
 
     @rule(rank=st.integers(0, TOPOLOGY.ep_size - 1), healthy=st.integers(0, 4))
     def fail_soon(self, rank, healthy):
         self.transports[rank].healthy = healthy
 
-    @precondition(lambda self: self.moving)
     @rule(how=st.sampled_from(["wait", "drain"]))
     def finish(self, how):
+        if not self.moving:
+            return
+
         def run(moving):
             try:
                 getattr(moving, how)()
@@ -96,7 +105,7 @@ class Serving(RuleBasedStateMachine):
         assert not self.moving
 
     def _look_whether_done(self):
-        if all(moving.done for moving in self.moving):
+        if self.moving and all(moving.done for moving in self.moving):
             self.held = self.moving[0].placement(self.old, self.new)
             self.moving = []
 

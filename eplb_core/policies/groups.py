@@ -50,7 +50,7 @@ def groups_by_node(
 
 
 def _current(previous, topology: Topology, num_groups: int, size: int):
-    """Groups by the node that holds most of their copies, and whether that is a valid assignment."""
+    """Groups in the order of the nodes that hold most of their copies, and whether each is on one node only."""
     xp = _ops.namespace(previous)
     by_node = xp.reshape(previous, (previous.shape[0], topology.num_nodes, -1))
     group = xp.where(by_node == EMPTY, EMPTY, by_node // size)
@@ -59,7 +59,4 @@ def _current(previous, topology: Topology, num_groups: int, size: int):
     )
     node = xp.astype(xp.argmax(copies, axis=1), xp.int32)
     alone = xp.all(xp.sum(xp.astype(copies > 0, xp.int32), axis=1) == 1, axis=1)
-    nodes = xp.arange(topology.num_nodes, dtype=xp.int32)
-    hosted = xp.sum(xp.astype(node[:, :, None] == nodes, xp.int32), axis=1)
-    even = xp.all(hosted == num_groups // topology.num_nodes, axis=1)
-    return xp.astype(xp.argsort(node, axis=1, stable=True), xp.int32), alone & even
+    return xp.astype(xp.argsort(node, axis=1, stable=True), xp.int32), alone
