@@ -71,6 +71,61 @@ def relieve(
     return xp.where(late[:, None], xp.take(found, xp.maximum(row, 0), axis=0), chosen)
 
 
+def relieve_together(
+    holders: Int[Any, " all_slots"],
+    jobs: Any,
+    chosen: Int[Any, "layers jobs"],
+    forced: Int[Any, "layers ep_size"],
+    most: Int[Any, " layers"],
+    topology: Topology,
+) -> Int[Any, "layers jobs"]:
+    """Shift messages until the rank that sends most in all layers together is near the best possible.
+
+    Done when that rank has at most one message more than the mean or than some forced sender, or when no path
+    relieves it. No sender of a layer gets more than `most` in it. One shift costs `O(layers * jobs * ep_size^2)`.
+
+    Args, Returns: as `relieve`, with `most` `[layers]` that a sender may have in each layer.
+    """
+    xp = _ops.namespace(chosen)
+    (num_layers, num_jobs), ep_size = chosen.shape, topology.ep_size
+    ranks = xp.arange(ep_size, dtype=xp.int32)
+    active = jobs.stop > jobs.start
+    sender = xp.where(active, chosen // topology.slots_per_rank, xp.asarray(EMPTY, dtype=xp.int32))
+    slot_of = _slot_on_rank(holders, jobs, xp.arange(num_layers), topology)
+    possible = (slot_of != EMPTY) & active[:, :, None]
+
+    def in_layers(sender):
+        by_layer = xp.reshape(sender, (num_layers, num_jobs, 1)) == ranks
+        return forced + xp.sum(xp.astype(by_layer, xp.int32), axis=1, dtype=xp.int32)
+
+    def in_all(sender):
+        return xp.sum(in_layers(sender), axis=0, dtype=xp.int32)[None, :]
+
+    total = in_all(sender)
+    mean = -(-xp.sum(total, dtype=xp.int32) // ep_size)
+    enough = xp.maximum(mean, xp.max(xp.sum(forced, axis=0, dtype=xp.int32))) + 1
+
+    def shift_one(state):
+        sender, _ = state
+        room = in_layers(sender) < most[:, None]
+        can_take = xp.reshape(possible & room[:, None, :], (1, num_layers * num_jobs, ep_size))
+        mine = xp.astype(sender[:, :, None] == ranks, xp.float32)
+        passes = xp.matmul(xp.matrix_transpose(mine), xp.astype(can_take, xp.float32)) > 0
+        total = in_all(sender)
+        busiest = xp.max(total, axis=1, keepdims=True)
+        parent, reached = _search(passes, total == busiest)
+        end = xp.argmin(xp.where(reached, total, xp.iinfo(xp.int32).max), axis=1, keepdims=True)
+        shift = (busiest > enough) & (xp.take_along_axis(total, end, axis=1) <= busiest - 2)
+        sender, _ = _shift_along(sender, can_take, parent, xp.astype(end, xp.int32), shift)
+        return sender, shift[:, 0]
+
+    state = xp.reshape(sender, (1, -1)), xp.max(total, axis=1) > enough
+    sender, _ = _ops.while_loop(lambda state: xp.any(state[1]), shift_one, state)
+    sender = xp.reshape(sender, chosen.shape)
+    found = xp.take_along_axis(slot_of, xp.maximum(sender, 0)[:, :, None], axis=2)[:, :, 0]
+    return xp.where(active, found, chosen)
+
+
 def _slot_on_rank(holders, jobs, layers, topology: Topology) -> Int[Any, "late jobs ep_size"]:
     """The lowest candidate slot of each job on each rank, or `EMPTY`, in the given layers."""
     xp = _ops.namespace(holders)

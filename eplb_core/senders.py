@@ -7,8 +7,10 @@ from jaxtyping import Int
 from eplb_core import _ops
 from eplb_core._checks import EMPTY, require
 from eplb_core.maps import count_replicas
-from eplb_core.relief import relieve
+from eplb_core.relief import relieve, relieve_together
 from eplb_core.topology import Topology
+
+_TOGETHER = 2**19  # layers * slots * ranks up to which the layers are balanced together; beyond, their sum evens out
 
 
 class Requests(NamedTuple):
@@ -46,6 +48,9 @@ def choose_senders(held: Int[Any, "layers slots"], requests: Requests, topology:
     augmenting paths, until it has not or there is no path. Hence, within the sets of candidates, the busiest sender
     of a layer has at most one message more than in the best choice.
 
+    Up to `layers * slots * ranks = 2^19` the same is then done for all layers together, so far as no layer gets worse
+    by it than that: the rank with most to send in all has at most one message more than it must.
+
     Args:
         held: `[layers, slots]` expert ids that can be read; `EMPTY` where nothing can.
         requests: what must arrive where.
@@ -69,9 +74,19 @@ def choose_senders(held: Int[Any, "layers slots"], requests: Requests, topology:
         open_jobs = Jobs(slot, start, xp.where(open_, stop, start))
         chosen, most_needed = _least_busy(holders, open_jobs, sent, topology)
         chosen = relieve(holders, open_jobs, chosen, sent, most_needed, topology)
+        if held.shape[0] * held.shape[1] * topology.ep_size <= _TOGETHER:
+            most = xp.maximum(most_needed + 1, _busiest(chosen, open_jobs, sent, topology))
+            chosen = relieve_together(holders, open_jobs, chosen, sent, most, topology)
         sent_from = xp.where(undecided, _unpack(chosen, places), sent_from)
     _, places = _pack_left(requests.wanted)
     return xp.where(requests.wanted, _unpack(sent_from, places), xp.asarray(EMPTY, dtype=xp.int32))
+
+
+def _busiest(chosen, jobs: Jobs, sent, topology: Topology):
+    """`[layers]` messages of the busiest sender."""
+    xp = _ops.namespace(chosen)
+    rank = xp.where(jobs.stop > jobs.start, chosen // topology.slots_per_rank, xp.asarray(EMPTY, dtype=xp.int32))
+    return xp.max(sent + count_replicas(rank, topology.ep_size), axis=1)
 
 
 def _pack_left(mask, rank=None):

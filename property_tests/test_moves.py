@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_core import EMPTY, LostExpertsError, MovePlan, Topology, apply_moves, plan_moves, verify_plan
+from eplb_core import EMPTY, LostExpertsError, MovePlan, Topology, apply_moves, plan_moves, schedule_rounds, verify_plan
 from eplb_core.testing import model_apply, model_candidates, model_fewest_busiest, placement_pairs, read_only
 
 FAN_OUTS = st.sampled_from(["direct", "node"])
@@ -133,6 +133,20 @@ def test_7_the_busiest_sender_is_within_one_message_of_the_best_possible(pair):
     for rows in zip(old.tolist(), new.tolist(), source.tolist(), strict=True):
         best = model_fewest_busiest(list(model_candidates(*rows[:2], topology).values()))
         assert best <= busiest(*rows, topology) <= best + 1
+
+
+@given(st.one_of(PAIRS, placement_pairs(max_ranks_per_node=8, max_slots_per_rank=3, max_nodes=1)))
+def test_7_holds_for_all_layers_together(pair):
+    topology, _, old, new = pair
+    schedule = schedule_rounds(plan_moves(old, new, topology), topology)
+    most = np.bincount(schedule.src_rank, minlength=topology.ep_size).max()
+    candidates = [
+        senders
+        for rows in zip(old.tolist(), new.tolist(), strict=True)
+        for senders in model_candidates(*rows, topology).values()
+    ]
+    best = model_fewest_busiest(candidates)
+    assert best <= most <= best + 1
 
 
 def test_7_holds_where_choosing_the_least_busy_in_turn_is_far_from_it():
