@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from eplb_core import EMPTY, derive_maps
+from eplb_core import EMPTY, ExpertMaps, derive_maps
 from eplb_core._checks import require
 
 
@@ -23,7 +23,7 @@ class LayerMaps(NamedTuple):
 
 
 def select_slots(
-    topk_ids: Int[Tensor, "*tokens"], maps: LayerMaps, *, offset: int | Int[Tensor, "*logical"] = 0
+    topk_ids: Int[Tensor, "*tokens"], maps: LayerMaps | ExpertMaps, *, offset: int | Int[Tensor, "*logical"] = 0
 ) -> Int[Tensor, "*tokens"]:
     """Choose a slot for every (token, expert) pair, such that the copies of an expert share its tokens evenly.
 
@@ -33,7 +33,8 @@ def select_slots(
 
     Args:
         topk_ids: int32 or int64, any shape; ids outside `0..logical-1` are padding.
-        maps: the maps of this layer.
+        maps: the maps of this layer. `ExpertMaps` of one layer from `derive_maps` do too, but are copied to the
+            device at every call.
         offset: the copy that takes an expert's first token, counted modulo its copies: an integer, or an integer
             tensor of shape `[]` or `[logical]`. Ranks that pass their ep_rank do not all begin with the same copy;
             adding the tokens counted so far, `[logical]`, evens out the copies over many calls too.
@@ -45,17 +46,23 @@ def select_slots(
     >>> select_slots(torch.tensor([[0, 1], [0, -1], [0, 1]]), maps).tolist()
     [[0, 1], [2, -1], [0, 1]]
     """
-    num_logical = maps.replica_count.shape[0]
+    slots_of = _tensor(maps.logical_to_physical, topk_ids.device)
+    replica_count = _tensor(maps.replica_count, topk_ids.device)
+    num_logical = replica_count.shape[0]
     ids = topk_ids.reshape(-1).long()
     padding = _is_padding(ids, num_logical)
     expert = torch.where(padding, 0, ids)
     if isinstance(offset, Tensor) and offset.ndim == 1:
         offset = offset[expert]
     # An expert without copies has only EMPTY entries, so any replica will do.
-    count = maps.replica_count[expert].clamp(min=1)
+    count = replica_count[expert].clamp(min=1)
     replica = (_occurrence(torch.where(padding, num_logical, ids), num_logical) + offset) % count
-    slots = torch.where(padding, EMPTY, maps.logical_to_physical[expert, replica])
+    slots = torch.where(padding, EMPTY, slots_of[expert, replica])
     return slots.to(topk_ids.dtype).reshape(topk_ids.shape)
+
+
+def _tensor(x: Any, device: torch.device) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)).to(device)
 
 
 def count_tokens(ids: Int[Tensor, "*tokens"], num_ids: int) -> Int[Tensor, " num_ids"]:

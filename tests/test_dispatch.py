@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from eplb_core import EMPTY, EplbError
+from eplb_core import EMPTY, EplbError, derive_maps
 from eplb_torch.dispatch import DeviceMaps, LayerMaps, count_tokens, select_slots
 
 # Expert 0 has three copies, expert 1 one, expert 2 two.
@@ -110,3 +110,11 @@ def test_refused_updates_change_nothing(placement, layer, message):
 def test_maps_of_one_layer_need_a_layer_axis():
     with pytest.raises(EplbError, match="layer axis|leading axis"):
         DeviceMaps(np.asarray([0, 1, 2]), num_logical=3)
+
+
+def test_maps_straight_from_the_core_do_as_well():
+    ids = torch.tensor([[0, 2], [2, -1], [2, 1]])
+    placement = np.asarray([[0, 2, 1, 2], [2, 1, 0, 0]])
+    for layer in range(2):
+        from_core = select_slots(ids, derive_maps(placement[layer], num_logical=3))
+        assert from_core.tolist() == select_slots(ids, DeviceMaps(placement, 3).layer(layer)).tolist()
