@@ -13,6 +13,7 @@ from eplb_core import (
     rebalance,
     round_robin,
     schedule_rounds,
+    verify_plan,
 )
 
 
@@ -91,6 +92,8 @@ def test_fan_out_over_nodes_pulls_once_and_passes_on():
     assert schedule.dst_slot.tolist() == [2, 3]
     assert schedule.round.tolist() == [0, 1]
     assert schedule.relayed.tolist() == [False, True]
+    too_early = schedule._replace(round=np.asarray([0, 0], dtype=np.int32))
+    assert "overwrite" in {found.kind for found in verify_plan(old, new, plan, topology, too_early)}
 
 
 def test_hundreds_of_ranks():
