@@ -244,3 +244,15 @@ def test_groups_change_nodes_only_when_a_node_is_out_of_tolerance():
     separated = nodes_after(3.0)
     assert separated[together[0]] != separated[together[1]]
     assert sum(separated[g] != node_of_group[g] for g in range(4)) == 2
+
+
+@given(st.data(), st.integers(0, 12))
+def test_the_limits_hold_when_groups_change_nodes(data, limit):
+    topology = Topology(4, 3, num_nodes=2)
+    size = data.draw(st.integers(1, 3))
+    before, now = (data.draw(loads(4 * size, num_layers=2)) for _ in range(2))
+    first = rebalance(before, topology, num_groups=4)
+    for option, total in (("max_moves", np.max), ("max_total_moves", np.sum)):
+        placed = rebalance(now, topology, num_groups=4, previous=first, **{option: limit})
+        check_placement(placed, topology, 4 * size)
+        assert total(moved_experts(first, placed, topology)) <= limit

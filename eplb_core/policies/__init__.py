@@ -53,15 +53,16 @@ def rebalance(
         previous: `[layers, slots]` the placement in force.
         tolerance: (incremental) a layer is left as it is once its busiest rank is within this share of a lower
             bound. By default the policy accepts what the next window's change would undo anyway.
-        max_moves: (incremental) experts that may be moved per layer. Experts without any copy get one regardless.
+        max_moves: (incremental) experts that may be moved per layer. Experts without any copy get one regardless;
+            so do those whose group is not on one node in `previous`, if groups are respected.
         max_total_moves: (incremental) experts that may be moved in all layers together, spent in the layers where
             a move takes most off the busiest rank.
         cross_node_cost: (incremental) cost of a swap between nodes, that within a node being 1.
         risk: standard deviations between windows by which each expert counts as hotter than its mean.
 
     Returns:
-        `[layers, slots]` int32, in the library of `load`. `EMPTY` only where every expert has a copy on every rank
-        (never with `"greedy"`).
+        `[layers, slots]` int32, in the library of `load`. `EMPTY` only where every expert has a copy on every rank,
+        or where a limit of moves leaves a slot unfilled (never with `"greedy"`).
 
     Raises:
         EplbError: if the load is negative or not finite, the experts do not fit the slots, the shapes disagree,
@@ -114,7 +115,7 @@ def _by_node(plan, load, previous, topology: Topology, num_groups: int, max_move
     if num_groups == 1:
         return plan(load, previous, topology, **options)
     num_layers, num_logical = load.shape
-    hosted = groups_by_node(load, previous, topology, num_groups)
+    hosted, spent = groups_by_node(load, previous, topology, num_groups, max_moves)
     size, per_node = num_logical // num_groups, num_logical // topology.num_nodes
     expert = xp.reshape(hosted[:, :, None] * size + xp.arange(size, dtype=xp.int32), (num_layers, num_logical))
     rows = (num_layers * topology.num_nodes, -1)
@@ -127,7 +128,7 @@ def _by_node(plan, load, previous, topology: Topology, num_groups: int, max_move
         stays = (at // per_node == slot_node) & (previous != EMPTY)
         local = xp.reshape(xp.where(stays, at % per_node, xp.asarray(EMPTY, dtype=xp.int32)), rows)
     if max_moves is not None:
-        options = {"max_moves": _split(max_moves, topology.num_nodes)}
+        options = {"max_moves": _split(xp.maximum(max_moves - spent, xp.zeros_like(spent)), topology.num_nodes)}
     placed = plan(xp.reshape(xp.take_along_axis(load, expert, axis=1), rows), local, node, **options)
     placed = xp.reshape(placed, (num_layers, topology.num_nodes, -1))
     first = xp.arange(topology.num_nodes, dtype=xp.int32)[:, None] * per_node
