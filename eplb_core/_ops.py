@@ -197,17 +197,22 @@ def tree_sum(x) -> Any:
     return x[..., 0]
 
 
-def divide(x, count: int) -> Any:
-    """`x / count`, rounded once: XLA would multiply by the reciprocal of a constant."""
-    return x / rounded(namespace(x).asarray(count, dtype=x.dtype))
+def divide(x, count) -> Any:
+    """`x / count`, rounded once, for a scalar `count`: XLA would multiply by the reciprocal of a broadcast scalar."""
+    xp = namespace(x)
+    return x / rounded(xp.broadcast_to(xp.asarray(count, dtype=x.dtype), x.shape))
 
 
 def rounded(x) -> Any:
-    """`x`, kept from being fused into a following addition, which would skip the rounding of a product."""
-    if is_jax(namespace(x)):
+    """`x`, kept from being fused into a following addition, which would skip the rounding of a product.
+
+    XLA drops its barriers before LLVM contracts products and sums; a comparison in between stays.
+    """
+    xp = namespace(x)
+    if is_jax(xp):
         from jax import lax
 
-        return lax.optimization_barrier(x)
+        return xp.maximum(lax.optimization_barrier(x), xp.finfo(x.dtype).min)
     return x
 
 

@@ -159,12 +159,12 @@ def trend_forecast(size: int, *, horizon: int = 1) -> Estimator:
         xp = _ops.namespace(state.rows[0])
         floating = _ops.float_dtype(xp)
         # With n points at the odd or even steps u = 1-n, 3-n, ..., n-1 the slope is sum(u y) / sum(u u) per half step.
-        n = xp.astype(xp.asarray(state.seen), floating)
-        squares = xp.where(n > 1, n * (n * n - 1) / 3, 1.0)
+        n = xp.asarray(state.seen)
+        squares, ahead = xp.where(n > 1, n * (n * n - 1) // 3, 1), n - 1 + 2 * horizon
         total, tilt = _sums(state, xp)
-        level = total / xp.where(n > 0, n, 1.0)
-        ahead = _ops.rounded(tilt * ((n - 1 + 2 * horizon) / squares))
-        return xp.where(level + ahead > 0, level + ahead, 0.0)
+        level = _ops.divide(total, xp.astype(xp.where(n > 0, n, 1), floating))
+        rise = _ops.rounded(tilt * (xp.astype(ahead, floating) / xp.astype(squares, floating)))
+        return xp.where(level + rise > 0, level + rise, 0.0)
 
     def windows(state: Windows):
         return (_ops.namespace(state.rows[0]).asarray(state.seen) > 0) * 1
