@@ -1,18 +1,33 @@
 """Read and write load traces and placements: our own format and those of engines. The formats are in docs/traces.md."""
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from eplb_core._checks import require
 from eplb_core._files import PathLike
 from eplb_core._npz import LIMIT_BYTES, read_npy
-from eplb_core.formats import arrays, sglang, text
-from eplb_core.formats.values import load_of, metadata_of, placement_of
-from eplb_core.topology import Topology
+from eplb_core.formats import arrays, sglang, sglang_pt, table, text
+from eplb_core.formats.layers import layer_ids_or_range, spread_out
+from eplb_core.formats.names import choose
+from eplb_core.formats.placements import PLACEMENT_FORMATS, StoredPlacement, read_placement, write_placement
+from eplb_core.formats.values import blaming, load_of, metadata_of
+
+__all__ = (
+    "PLACEMENT_FORMATS",
+    "TRACE_FORMATS",
+    "StoredPlacement",
+    "Trace",
+    "iter_windows",
+    "read_metadata",
+    "read_placement",
+    "read_trace",
+    "write_placement",
+    "write_trace",
+)
+
+TRACE_FORMATS = ("npz", "npy", "json", "csv", "sglang", "sglang-pt")
 
 
 class Trace(NamedTuple):
@@ -26,45 +41,47 @@ class Trace(NamedTuple):
     metadata: dict[str, Any]
 
 
-class StoredPlacement(NamedTuple):
-    """A placement from a file, and what the file says about it.
-
-    physical_to_logical: `[layers, slots]` int32 expert ids, or `EMPTY`.
-    info: `format`, and of `ep_size`, `num_nodes`, `num_logical`, `layer_ids` and `metadata` what the file states.
-    """
-
-    physical_to_logical: Int[np.ndarray, "layers slots"]
-    info: dict[str, Any]
-
-
-TRACE_FORMATS = ("npz", "npy", "json", "sglang")
-PLACEMENT_FORMATS = ("npy", "json", "sglang")
-_BY_SUFFIX = {".npz": "npz", ".npy": "npy", ".json": "json"}
-
-
 def read_trace(path: PathLike, *, format: str | None = None, limit_bytes: int = LIMIT_BYTES) -> Trace:
     """Read a load trace of any known format.
 
     Args:
-        path: the file; see docs/traces.md for what each format holds.
+        path: the file, or for `"sglang-pt"` a folder with the recordings of all ranks.
         format: one of `TRACE_FORMATS`; by default told from the file's name, and for JSON from its keys.
-        limit_bytes: most bytes of the file and of what it unpacks to.
+        limit_bytes: most bytes of the file and of what it unpacks to. Text takes more room when it is parsed, so its
+            files may have a fraction of this: 1/8 as CSV, 1/32 as JSON.
 
     Returns:
-        `Trace`. Counts `[layers, experts]` are one window. Fractions are rounded half to even; see `load_of`.
+        `Trace`. Counts `[layers, experts]` are one window. Fractions are rounded to the nearest integer, half to
+        even; a window that this would change by more than 1% is refused, as it holds shares and not tokens.
 
     Raises:
         EplbError: naming the file, if it is missing, damaged, too large, of another format, or holds no load.
     """
-    name = _trace_format(path, format)
-    if name == "npz":
-        return Trace(*arrays.read_npz_trace(path, limit_bytes))
-    if name == "npy":
-        return Trace(load_of(read_npy(path, limit_bytes=limit_bytes), path), {})
-    value = text.read_json(path, limit_bytes)
-    if name == "json" and text.json_format(value) == "sglang":
-        name = "sglang"
-    return Trace(*(sglang.load_from_object if name == "sglang" else text.load_from_json)(value, path))
+    name = choose(path, format, TRACE_FORMATS, "read_trace")
+    with blaming(path):
+        if name == "npz":
+            return Trace(*arrays.read_npz_trace(path, limit_bytes))
+        if name == "npy":
+            return Trace(load_of(read_npy(path, limit_bytes=limit_bytes), path), {})
+        if name == "csv":
+            return Trace(*table.read_csv(path, limit_bytes))
+        if name == "sglang-pt":
+            return Trace(*sglang_pt.read_recording(path, limit_bytes))
+        value = text.read_json(path, limit_bytes)
+        if "sglang" in (name, text.json_format(value)):
+            return Trace(*sglang.load_from_object(value, path))
+        return Trace(*text.load_from_json(value, path))
+
+
+def read_metadata(path: PathLike, *, format: str | None = None, limit_bytes: int = LIMIT_BYTES) -> dict[str, Any]:
+    """Read the metadata of a trace, without its load if it is an `.npz`.
+
+    Args, Raises: as `read_trace`.
+    """
+    if choose(path, format, TRACE_FORMATS, "read_metadata") == "npz":
+        with blaming(path):
+            return arrays.read_npz_metadata(path, limit_bytes)
+    return read_trace(path, format=format, limit_bytes=limit_bytes).metadata
 
 
 def iter_windows(
@@ -83,7 +100,7 @@ def iter_windows(
     Raises:
         EplbError: as `read_trace`; damage is noticed when it is reached, and the checksum with the last window.
     """
-    name = _trace_format(path, format)
+    name = choose(path, format, TRACE_FORMATS, "iter_windows")
     if name == "npz":
         yield from arrays.iter_npz_windows(path, limit_bytes)
     elif name == "npy":
@@ -101,10 +118,13 @@ def write_trace(
 ) -> None:
     """Write a load trace; the file takes the place of `path` at once, or nothing changes.
 
+    What a format has no room for is left out: an `.npz` and our JSON keep all metadata, a `.csv` keeps `layer_ids`,
+    and SGLang's formats use them to put each row where the model has that layer, with zeros between.
+
     Args:
         path: the file to write.
         load: a `Trace`, an array `[windows, layers, experts]` or `[layers, experts]`, or an iterable of windows
-            `[layers, experts]`, of which an `.npz` holds one in memory at a time.
+            `[layers, experts]`, of which one at a time is in memory if an `.npz` is written.
         metadata: JSON values by name; by default those of the `Trace`.
         format: one of `TRACE_FORMATS`; by default told from the file's name.
 
@@ -112,65 +132,26 @@ def write_trace(
         EplbError: if the load or the metadata are not of this form.
         OSError: if the file cannot be written.
     """
-    name = _trace_format(path, format)
+    name = choose(path, format, TRACE_FORMATS, "write_trace")
     if isinstance(load, Trace):
         load, metadata = load.load, load.metadata if metadata is None else metadata
-    described = metadata_of(metadata, path)
-    if not hasattr(load, "shape") and not isinstance(load, list | tuple):
-        if name == "npz":
-            arrays.write_npz_windows(path, load, described)
-            return
-        load = np.stack([np.asarray(window) for window in load])
-    checked = load_of(np.asarray(load), path)
+    metadata = metadata_of(metadata, path)
+    if not hasattr(load, "shape"):
+        if name == "npz" and not isinstance(load, list | tuple):
+            return arrays.write_npz_windows(path, load, metadata)
+        with blaming(path):
+            load = np.stack([np.asarray(window) for window in load])
+    values = load_of(np.asarray(load), path)
+    layer_ids = layer_ids_or_range(metadata.get("layer_ids"), values.shape[1], path)
     if name == "npz":
-        arrays.write_npz_trace(path, checked, described)
-    elif name == "sglang":
-        text.write_json(path, sglang.object_of_load(checked, described))
-    elif name == "json":
-        text.write_json(path, {"load": checked.tolist(), "metadata": described})
-    else:
-        with arrays.writing(path) as file:
-            np.lib.format.write_array(file, checked, allow_pickle=False)
-
-
-def read_placement(path: PathLike, *, format: str | None = None, limit_bytes: int = LIMIT_BYTES) -> StoredPlacement:
-    """Read a placement of any known format."""
-    if _format(path, format, PLACEMENT_FORMATS, "read_placement") == "npy":
-        return StoredPlacement(placement_of(read_npy(path, limit_bytes=limit_bytes), path), {"format": "npy"})
-    value = text.read_json(path, limit_bytes)
-    ids, info = sglang.placement_from_object(value, path)
-    return StoredPlacement(ids, {"format": "sglang"} | info)
-
-
-def write_placement(
-    path: PathLike,
-    physical_to_logical: Int[Any, "layers slots"],
-    topology: Topology | None = None,
-    *,
-    format: str | None = None,
-    num_logical: int | None = None,
-    layer_ids: list[int] | None = None,
-    metadata: dict[str, Any] | None = None,
-) -> None:
-    """Write a placement in the format of an engine, or our own."""
-    ids = placement_of(np.asarray(physical_to_logical), path)
-    if _format(path, format, PLACEMENT_FORMATS, "write_placement") == "npy":
-        with arrays.writing(path) as file:
-            np.lib.format.write_array(file, ids, allow_pickle=False)
-        return
-    text.write_json(path, sglang.object_of_placement(ids, path))
-
-
-def _trace_format(path: PathLike, format: str | None) -> str:
-    return _format(path, format, TRACE_FORMATS, "read_trace")
-
-
-def _format(path: PathLike, format: str | None, known: tuple[str, ...], function: str) -> str:
-    name = format or _BY_SUFFIX.get(os.path.splitext(path)[1].lower())
-    require(
-        name in known,
-        f"`{function}(format=...)` must be one of {', '.join(known)}",
-        f"format={format!r} for {path}",
-        "Name the format; the file's ending does not tell it.",
-    )
-    return str(name)
+        return arrays.write_npz_trace(path, values, metadata)
+    if name == "npy":
+        return arrays.write_npy(path, values)
+    if name == "csv":
+        return table.write_csv(path, values, layer_ids)
+    if name == "json":
+        return text.write_json(path, {"load": values.tolist(), "metadata": metadata})
+    values = spread_out(values, layer_ids, fill=0)
+    if name == "sglang":
+        return text.write_json(path, {"logical_count": values.tolist()})
+    return sglang_pt.write_recording(path, values)

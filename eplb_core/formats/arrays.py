@@ -57,6 +57,12 @@ def write_npz_trace(path: PathLike, load: np.ndarray, metadata: dict[str, Any]) 
     _npz.write_npz(path, load=load, meta=np.asarray(json.dumps(metadata)))
 
 
+def write_npy(path: PathLike, array: np.ndarray) -> None:
+    """Write an array to an `.npy`."""
+    with writing(path) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+
+
 def iter_npz_windows(path: PathLike, limit_bytes: int) -> Iterator[np.ndarray]:
     """Yield `[layers, experts]` for each window of an `.npz` trace; one window is in memory at a time."""
     with reading(path, _ANY_SIZE) as file, zipfile.ZipFile(_npz._SmallReads(file)) as archive:
@@ -158,9 +164,9 @@ def _read_exactly(stream: IO[bytes], size: int) -> bytearray:
     return data
 
 
-def _metadata(arrays: dict[str, np.ndarray], path: PathLike) -> dict[str, Any]:
-    """`meta` is JSON text; small arrays beside it (labels, layer numbers) are metadata under their names."""
-    text = arrays.pop("meta", np.asarray("{}"))
+def meta_of(arrays: dict[str, np.ndarray], path: PathLike) -> dict[str, Any]:
+    """Return the JSON object that `meta` holds as text; empty if there is none."""
+    text = arrays.get("meta", np.asarray("{}"))
     require(
         text.shape == () and text.dtype.kind == "U" and text.nbytes <= 4 * _MOST_METADATA,
         f"`{path}` must have one text of at most {_MOST_METADATA} characters as `meta`",
@@ -172,5 +178,14 @@ def _metadata(arrays: dict[str, np.ndarray], path: PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         meta = f"{error}"
     require(isinstance(meta, dict), f"`{path}` must have a JSON object as `meta`", f"{meta}"[:80], "Write {} if empty.")
-    small = {k: a for k, a in arrays.items() if a.ndim <= 1 and a.size <= _MOST_METADATA and a.dtype.kind in "biufU"}
-    return metadata_of({name: array.tolist() for name, array in small.items()} | dict(meta), path)
+    return dict(meta)
+
+
+def _metadata(arrays: dict[str, np.ndarray], path: PathLike) -> dict[str, Any]:
+    """`meta`, and small arrays beside it (labels, layer numbers) under their names."""
+    beside = {
+        name: array.tolist()
+        for name, array in arrays.items()
+        if name != "meta" and array.ndim <= 1 and array.size <= _MOST_METADATA and array.dtype.kind in "biufU"
+    }
+    return metadata_of(beside | meta_of(arrays, path), path)

@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from eplb_core._checks import EMPTY, require
+from eplb_core._checks import require
 from eplb_core._files import PathLike
-from eplb_core.formats.values import load_of, metadata_of, placement_of
+from eplb_core.formats.values import load_of, placement_of
 
 
-def load_from_object(value: dict[str, Any], path: PathLike) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return load and metadata of `{"logical_count": [windows, layers, experts]}`."""
+def load_from_object(value: Any, path: PathLike) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return load and (no) metadata of `{"logical_count": [windows, layers, experts]}`."""
     require(
-        "logical_count" in value,
+        isinstance(value, dict) and "logical_count" in value,
         f"`{path}` must have counts as `logical_count`",
-        f"keys {sorted(map(str, value))[:8]}",
+        f"keys {sorted(map(str, value))[:8] if isinstance(value, dict) else []}",
         "A placement is not a trace.",
     )
-    return load_of(value["logical_count"], path), metadata_of(value.get("metadata"), path)
+    return load_of(value["logical_count"], path), {}
 
 
 def placement_from_object(value: Any, path: PathLike) -> tuple[np.ndarray, dict[str, Any]]:
@@ -32,19 +32,3 @@ def placement_from_object(value: Any, path: PathLike) -> tuple[np.ndarray, dict[
         "If it holds loads, make a placement with `eplb plan`.",
     )
     return placement_of(value["physical_to_logical_map"], path), {}
-
-
-def object_of_load(load: np.ndarray, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return what SGLang plans from at its start."""
-    return {"logical_count": load.tolist()} | ({"metadata": metadata} if metadata else {})
-
-
-def object_of_placement(physical_to_logical: np.ndarray, path: PathLike) -> dict[str, Any]:
-    """Return what SGLang takes as it is at its start; it passes on every key, so there is one."""
-    require(
-        bool((physical_to_logical != EMPTY).all()),
-        f"`{path}`: an SGLang placement must have an expert in every slot",
-        "EMPTY slots",
-        "Fill them, or write an .npz.",
-    )
-    return {"physical_to_logical_map": physical_to_logical.tolist()}

@@ -1,16 +1,20 @@
 """From what a file holds to a load or a placement: the same rules for every format."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from eplb_core._checks import EMPTY, require
+from eplb_core._checks import EMPTY, EplbError, require
 from eplb_core._files import PathLike
 
 MOST_EXPERTS = 2**20
 """Expert ids from here on are taken for damage: what derives maps allocates by the largest id."""
+
+MOST_ENTRIES = 2**26
+"""Nested lists of more numbers are refused; as arrays they may be larger."""
 
 _LARGEST_ROUNDING = 0.01
 _TOKENS = "Record tokens per logical expert; replace what is missing by 0."
@@ -69,6 +73,18 @@ def placement_of(values: Any, path: PathLike) -> np.ndarray:
     return ids.astype(np.int32, copy=False)
 
 
+@contextmanager
+def blaming(path: PathLike) -> Iterator[None]:
+    """Whatever fails in the context is the file's fault, such as an object where a number should be."""
+    try:
+        yield
+    except EplbError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise EplbError(f"`{path}` cannot be read; got {reason}. Check that it is whole and of this format.") from error
+
+
 def array_of(values: Any, path: PathLike) -> np.ndarray:
     """Return numbers as an array: an array as it is, nested lists of equal lengths converted.
 
@@ -120,9 +136,9 @@ def _from_lists(values: Any, path: PathLike) -> np.ndarray:
     while level and all(type(item) is list for item in level):
         lengths = {len(item) for item in level}
         require(
-            len(lengths) == 1 and depth < 3,
-            f"`{path}` must hold nested lists of numbers, two or three deep and of equal lengths",
-            f"lengths {sorted(lengths)[:8]} at depth {depth + 1}",
+            len(lengths) == 1 and depth < 3 and len(level) * max(lengths) <= MOST_ENTRIES,
+            f"`{path}` must hold nested lists of numbers, two or three deep, of equal lengths, at most {MOST_ENTRIES}",
+            f"{len(level)} lists of lengths {sorted(lengths)[:8]} at depth {depth + 1}",
             "Check that the file is whole.",
         )
         level, depth = [entry for item in level for entry in item], depth + 1
