@@ -1,0 +1,234 @@
+"""The pure controller: when to rebalance, what is live, and under which placement load was counted.
+
+The loop of a serving engine as a state machine without tensors, threads or a process group. Values go in and come
+out; nothing is changed in place:
+
+    state = init(config, {"main": placement})
+    state = observe(config, state, {"main": load}, steps=3000)     # the group's load of the last window
+    decisions = decide(config, state)                              # plans; the one slow step
+    state = adopt(config, state, decisions)                        # the same on every rank
+    state = commit(config, state, "main", layers)                  # as often as layers switch
+
+`decide` is the only function that plans. One rank may run it and send the decisions to the others, whose `adopt`
+brings them to the same state.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Real
+
+from eplb_core._checks import EplbError, listing, require
+from eplb_core.control.config import ControlConfig, ModelConfig, check_range
+from eplb_core.control.decision import Decision, Reason, acts, compare, decide, due
+from eplb_core.control.state import (
+    HISTORY,
+    Change,
+    ControlState,
+    ModelState,
+    differing,
+    frozen,
+    placement_at,
+    switch,
+)
+from eplb_core.load import logical_load
+from eplb_core.placement import check_placement
+
+__all__ = (
+    "HISTORY",
+    "Change",
+    "ControlConfig",
+    "ControlState",
+    "Decision",
+    "ModelConfig",
+    "ModelState",
+    "Reason",
+    "abandon",
+    "adopt",
+    "commit",
+    "compare",
+    "decide",
+    "due",
+    "init",
+    "observe",
+    "placement_at",
+)
+
+_MEMORY = 0.5  # weight of earlier measurements in the estimate of how slow moves are
+
+
+def init(config: ControlConfig, placements: Mapping[str, Int[Any, "layers slots"]]) -> ControlState:
+    """Begin with the placements that the models were loaded with.
+
+    Raises:
+        EplbError: if models and placements differ in name, or a placement is malformed or lacks an expert.
+    """
+    _check_names("init(placements=...)", placements, config, exact=True)
+    models = {}
+    for name, model in config.models.items():
+        placement = np.array(placements[name], dtype=np.int32)
+        check_placement(placement, model.topology, model.num_logical)
+        load = model.estimator.init(len(placement), model.num_logical)
+        models[name] = ModelState(frozen(placement), None, 0, (), load, False, 1.0, None)
+    return ControlState(0, config.first_step, models)
+
+
+def observe(
+    config: ControlConfig,
+    state: ControlState,
+    loads: Mapping[str, Real[Any, "layers _"]] | None = None,
+    *,
+    epochs: Mapping[str, int] | None = None,
+    steps: int = 1,
+) -> ControlState:
+    """Let steps pass, and take in the load that was counted in them.
+
+    Args:
+        config: as for `init`.
+        state: before.
+        loads: integer tokens of the whole group by model name, `[layers, logical]`; nothing for models that served
+            none, and None for dummy steps, which count as steps and nothing else.
+        epochs: models whose `loads` are `[layers, slots]` tokens per slot, with the epoch under which they were
+            counted. They are credited to the experts that the slots held *then*.
+        steps: how many have passed, >= 0.
+
+    Raises:
+        EplbError: if a load is malformed, a name is unknown, or an epoch is in the future or forgotten.
+    """
+    check_range("steps", steps, 0, float("inf"), "steps", "observe")
+    loads, epochs = loads or {}, epochs or {}
+    _check_names("observe(loads=...)", loads, config)
+    _check_names("observe(epochs=...)", epochs, config)
+    models = dict(state.models)
+    for name, load in loads.items():
+        model, before = config.models[name], state.models[name]
+        if name in epochs:
+            load = logical_load(load, placement_at(before, epochs[name]), model.num_logical)
+        models[name] = before._replace(load=model.estimator.update(before.load, load))
+    return ControlState(state.step + steps, state.next_step, models)
+
+
+def adopt(config: ControlConfig, state: ControlState, decisions: Mapping[str, Decision]) -> ControlState:
+    """Take the decisions over: placements to move to become targets, and the next decision is due an interval later.
+
+    An interval is counted from the step at which this decision was due, not from now: ranks may adopt at different
+    steps, and must agree on the next one.
+
+    Raises:
+        EplbError: if a placement is malformed or lacks an expert, or a rearrangement is under way.
+    """
+    _check_names("adopt(decisions=...)", decisions, config)
+    models = dict(state.models)
+    for name, decision in decisions.items():
+        if decision.reason is Reason.NOT_DUE:
+            continue
+        after = models[name]
+        if decision.balancedness is not None:
+            after = after._replace(acting=acts(config, after, decision.balancedness))
+        if decision.placement is not None:
+            after = _with_target(config.models[name], after, decision)
+        models[name] = after
+    if all(decision.reason is Reason.NOT_DUE for decision in decisions.values()):
+        return state
+    return ControlState(state.step, state.next_step + config.interval, models)
+
+
+def commit(
+    config: ControlConfig,
+    state: ControlState,
+    name: str,
+    layers: Sequence[int] | None = None,
+    *,
+    placement: Int[Any, "layers slots"] | None = None,
+    seconds: float | None = None,
+) -> ControlState:
+    """Put layers of a target in force: weights and maps of these have switched. Begins a new epoch.
+
+    Args:
+        config: as for `init`.
+        state: before.
+        name: of the model.
+        layers: those that switched; all that differ by default.
+        placement: `[layers, slots]` what the slots hold now, where that is between old and target
+            (`Rearrangement.placement`); the target by default.
+        seconds: given with the last of them, how long the moves took, to correct the prices of `ModelConfig.costs`.
+
+    Returns:
+        The state; without a target once no layer differs from it. Decisions that fell due while layers moved are
+        left out.
+
+    Raises:
+        EplbError: if nothing is under way, a layer does not exist, or the placement lacks an expert.
+    """
+    before, target = _moving(config, state, name, "commit")
+    layers = differing(before) if layers is None else tuple(int(layer) for layer in layers)
+    require(
+        all(0 <= layer < len(before.placement) for layer in layers),
+        f"`commit(layers=...)` must be layers 0..{len(before.placement) - 1}",
+        f"layers={listing(layers)}",
+        "Count layers as the placement does.",
+    )
+    held = target if placement is None else np.asarray(placement, dtype=np.int32)
+    check_placement(held, config.models[name].topology, config.models[name].num_logical)
+    if seconds is not None:
+        before = _measured(before, seconds)
+    after = switch(before, layers, held[list(layers)]) if layers else before
+    next_step = state.next_step
+    if not differing(after):
+        after = after._replace(target=None, expected_seconds=None)
+        next_step += max((state.step - next_step) // config.interval + 1, 0) * config.interval
+    return ControlState(state.step, next_step, {**state.models, name: after})
+
+
+def abandon(config: ControlConfig, state: ControlState, name: str) -> ControlState:
+    """Give a target up, after a failure or a drain: what is committed stays, and the next decision starts from there,
+    an interval later than it would have been due.
+
+    Raises:
+        EplbError: if nothing is under way.
+    """
+    after = _moving(config, state, name, "abandon")[0]._replace(target=None, expected_seconds=None)
+    return ControlState(state.step, state.next_step + config.interval, {**state.models, name: after})
+
+
+def _with_target(model: ModelConfig, state: ModelState, decision: Decision) -> ModelState:
+    require(
+        state.target is None,
+        "`adopt(decisions=...)` must wait until the rearrangement before has ended",
+        "a target that is not committed yet",
+        "Commit its layers, or abandon it.",
+    )
+    target = np.array(decision.placement, dtype=np.int32)
+    check_placement(target, model.topology, model.num_logical)
+    after = state._replace(target=frozen(target), expected_seconds=decision.cost_seconds)
+    return after if differing(after) else state
+
+
+def _moving(config: ControlConfig, state: ControlState, name: str, verb: str) -> tuple[ModelState, np.ndarray]:
+    _check_names(f"{verb}(name=...)", (name,), config)
+    model = state.models[name]
+    if model.target is None:
+        raise EplbError(
+            f"`{verb}(name=...)` must name a model that is moving to a target; got name={name!r} with nothing under "
+            "way. Adopt a decision to rebalance first."
+        )
+    return model, model.target
+
+
+def _measured(state: ModelState, seconds: float) -> ModelState:
+    """Correct the prices by what the moves took."""
+    if not state.expected_seconds:
+        return state
+    factor = _MEMORY + (1 - _MEMORY) * seconds / state.expected_seconds
+    return state._replace(slowness=state.slowness * factor)
+
+
+def _check_names(where: str, names: Iterable[str], config: ControlConfig, *, exact: bool = False) -> None:
+    given, known = set(names), set(config.models)
+    require(
+        given == known if exact else given <= known,
+        f"`{where}` must name {'exactly ' if exact else ''}the configured models",
+        f"{sorted(given)}, configured {sorted(known)}",
+        "Use the names of ControlConfig.models.",
+    )
