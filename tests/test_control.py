@@ -138,7 +138,9 @@ def test_measured_seconds_correct_the_price_of_the_next_moves():
     options = {"model": ModelConfig(TOPOLOGY, 4, costs=costs), "horizon": 10**6, "interval": 4}
     config, state, decision = after_load(SKEWED, **options)
     state = control.adopt(config, state, {"main": decision})
-    state = control.commit(config, state, "main", seconds=3 * decision.cost_seconds)
+    state = control.commit(config, state, "main")
+    for _ in range(2):  # the second time there is nothing left to measure
+        state = control.measure(config, state, "main", 3 * decision.cost_seconds)
     assert state.models["main"].slowness == pytest.approx(2.0)  # half of what was believed, half of what was seen
     state = control.observe(config, state, {"main": SKEWED[:, ::-1].copy()}, steps=4)
     dearer = control.decide(config, state)["main"]
@@ -247,6 +249,8 @@ def test_requests_that_cannot_be_met_are_refused():
         control.observe(config, state, {"main": EVEN[:1]})
     with pytest.raises(EplbError, match="steps"):
         control.observe(config, state, steps=-1)
+    with pytest.raises(EplbError, match="seconds"):
+        control.measure(config, state, "main", float("nan"))
     with pytest.raises(EplbError, match="nothing under way"):
         control.commit(config, state, "main")
     with pytest.raises(EplbError, match="nothing under way"):

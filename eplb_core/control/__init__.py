@@ -51,11 +51,12 @@ __all__ = (
     "decide",
     "due",
     "init",
+    "measure",
     "observe",
     "placement_at",
 )
 
-_MEMORY = 0.5  # weight of earlier measurements in the estimate of how slow moves are
+_MEMORY = 0.5  # weight of what was believed of the slowness of moves
 
 
 def init(config: ControlConfig, placements: Mapping[str, Int[Any, "layers slots"]]) -> ControlState:
@@ -141,7 +142,6 @@ def commit(
     layers: Sequence[int] | None = None,
     *,
     placement: Int[Any, "layers slots"] | None = None,
-    seconds: float | None = None,
 ) -> ControlState:
     """Put layers of a target in force: weights and maps of these have switched. Begins a new epoch.
 
@@ -152,7 +152,6 @@ def commit(
         layers: those that switched; all that differ by default.
         placement: `[layers, slots]` what the slots hold now, where that is between old and target
             (`Rearrangement.placement`); the target by default.
-        seconds: given with the last of them, how long the moves took, to correct the prices of `ModelConfig.costs`.
 
     Returns:
         The state; without a target once no layer differs from it. Decisions that fell due while layers moved are
@@ -171,12 +170,10 @@ def commit(
     )
     held = target if placement is None else np.asarray(placement, dtype=np.int32)
     check_placement(held, config.models[name].topology, config.models[name].num_logical)
-    if seconds is not None:
-        before = _measured(before, seconds)
     after = switch(before, layers, held[list(layers)]) if layers else before
     next_step = state.next_step
     if not differing(after):
-        after = after._replace(target=None, expected_seconds=None)
+        after = after._replace(target=None)
         next_step += max((state.step - next_step) // config.interval + 1, 0) * config.interval
     return ControlState(state.step, next_step, {**state.models, name: after})
 
@@ -190,6 +187,25 @@ def abandon(config: ControlConfig, state: ControlState, name: str) -> ControlSta
     """
     after = _moving(config, state, name, "abandon")[0]._replace(target=None, expected_seconds=None)
     return ControlState(state.step, state.next_step + config.interval, {**state.models, name: after})
+
+
+def measure(config: ControlConfig, state: ControlState, name: str, seconds: float) -> ControlState:
+    """Correct the prices of `ModelConfig.costs` by the time that the last moves have taken.
+
+    Give every rank the same figure, such as the largest of all, where every rank decides. Half of what was believed
+    is kept. Does nothing if no price was put on these moves, or they have been measured already.
+
+    Raises:
+        EplbError: if `seconds` is negative or not finite.
+    """
+    _check_names("measure(name=...)", (name,), config)
+    check_range("seconds", seconds, 0, 1e9, "seconds", "measure")
+    before = state.models[name]
+    if not before.expected_seconds:
+        return state
+    factor = _MEMORY + (1 - _MEMORY) * seconds / before.expected_seconds
+    after = before._replace(slowness=before.slowness * factor, expected_seconds=None)
+    return state._replace(models={**state.models, name: after})
 
 
 def _with_target(model: ModelConfig, state: ModelState, decision: Decision) -> ModelState:
@@ -214,14 +230,6 @@ def _moving(config: ControlConfig, state: ControlState, name: str, verb: str) ->
             "way. Adopt a decision to rebalance first."
         )
     return model, model.target
-
-
-def _measured(state: ModelState, seconds: float) -> ModelState:
-    """Correct the prices by what the moves took."""
-    if not state.expected_seconds:
-        return state
-    factor = _MEMORY + (1 - _MEMORY) * seconds / state.expected_seconds
-    return state._replace(slowness=state.slowness * factor)
 
 
 def _check_names(where: str, names: Iterable[str], config: ControlConfig, *, exact: bool = False) -> None:

@@ -33,8 +33,8 @@ class ModelState(NamedTuple):
     changes: the last commits, oldest first.
     load: the estimator's state.
     acting: whether balancedness has fallen below the threshold by the hysteresis and not yet come back.
-    slowness: measured seconds of moves / predicted ones, on this rank.
-    expected_seconds: what the moves to the target are expected to take; None if that is not known.
+    slowness: measured seconds of moves / predicted ones, smoothed.
+    expected_seconds: what the last moves were expected to take; None if that is not known, or was measured.
     """
 
     placement: np.ndarray
@@ -48,8 +48,7 @@ class ModelState(NamedTuple):
 
 
 class ControlState(NamedTuple):
-    """All that the controller remembers. A value: the same inputs lead to the same state on every rank, but for
-    measured times.
+    """All that the controller remembers. A value: the same inputs lead to the same state on every rank.
 
     step: steps so far, dummy ones included.
     next_step: the step from which on the next decision is due.
