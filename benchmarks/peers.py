@@ -9,13 +9,15 @@ NumPy loads and placements, and return a NumPy `physical_to_logical`.
 """
 
 import importlib.util
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from benchmarks.released import PeerUnavailable, StandIn, fetch, load
+from benchmarks.released import PeerUnavailable, StandIn, fetch, installed, load
 
 __all__ = (
     "PeerUnavailable",
@@ -25,8 +27,11 @@ __all__ = (
     "flashlb_plan",
     "sglang_deepseek",
     "sglang_deepseek_vec",
+    "sglang_installed",
     "swift_plan",
     "vllm_compute_logical_maps",
+    "vllm_config",
+    "vllm_installed",
     "vllm_plan",
     "vllm_plan_rank",
     "vllm_policy",
@@ -37,6 +42,7 @@ __all__ = (
 
 VLLM = ("vllm-tpu==0.32.0", "vllm/distributed/eplb")
 SGLANG = ("sglang==0.5.23", "sglang/srt/eplb")
+VLLM_CONFIG = (VLLM[0], "vllm/config")
 ASCEND = ("vllm-ascend==0.23.0.post1", "vllm_ascend/eplb/core/policy")
 
 
@@ -50,8 +56,39 @@ def _vllm() -> SimpleNamespace:
         "rebalance_execute",
         "eplb_state",
     )
-    modules = load(fetch(*VLLM), [f"vllm.distributed.eplb.{name}" for name in names])
+    replace = {name: StandIn(name) for name in ("vllm.config", "vllm.config.utils", "vllm.config.parallel")}
+    modules = load(fetch(*VLLM), [f"vllm.distributed.eplb.{name}" for name in names], replace=replace)
     return SimpleNamespace(**dict(zip([name.rpartition(".")[2] for name in names], modules, strict=True)))
+
+
+def vllm_installed(
+    replace: Mapping[str, ModuleType] | None = None, *, version: str = "0.32.0", run: Collection[str] = ()
+) -> AbstractContextManager[None]:
+    """While it lasts, `import vllm.distributed.eplb...` finds what was released, with its registry of policies.
+
+    The rest of vLLM says that there is no accelerator to pin memory for and no elastic group.
+
+    Args:
+        replace: further stand-ins, such as one for `vllm.distributed.parallel_state`.
+        version: what `vllm.__version__` says.
+        run: further packages of which the `__init__` file is run.
+    """
+    standing = (
+        StandIn("vllm", __version__=version),
+        StandIn("vllm.config"),
+        StandIn("vllm.config.utils"),
+        StandIn("vllm.config.parallel", EPLBPolicyOption=Literal["default"]),
+        StandIn("vllm.distributed.stateless_coordinator", StatelessGroupCoordinator=type("_None", (), {})),
+        StandIn("vllm.platforms", current_platform=SimpleNamespace(is_rocm=lambda: False)),
+        StandIn("vllm.utils.torch_utils", PIN_MEMORY=False),
+    )
+    replace = {module.__name__: module for module in standing} | dict(replace or {})
+    return installed(fetch(*VLLM), "vllm", replace=replace, run=("vllm.distributed.eplb.policy", *run))
+
+
+def vllm_config() -> ModuleType:
+    """`vllm.config.parallel`; it needs pydantic and regex."""
+    return load(fetch(*VLLM_CONFIG), ["vllm.config.parallel"])[0]
 
 
 def vllm_policy() -> type:
@@ -140,6 +177,20 @@ def sglang_deepseek_vec():
     num_nodes, enable_hierarchical)`, with tokens `[steps, layers, logical]`.
     """
     return _sglang()[1].rebalance_experts
+
+
+def sglang_installed(
+    replace: Mapping[str, ModuleType] | None = None, *, version: str = "0.5.23", run: Collection[str] = ()
+) -> AbstractContextManager[None]:
+    """While it lasts, `import sglang.srt.eplb...` finds what was released, with its choice of algorithms.
+
+    Args:
+        replace: further stand-ins, such as one for `sglang.srt.runtime_context`.
+        version: what `sglang.__version__` says.
+        run: further packages of which the `__init__` file is run.
+    """
+    replace = {"sglang": StandIn("sglang", __version__=version), "einops": StandIn("einops")} | dict(replace or {})
+    return installed(fetch(*SGLANG), "sglang", replace=replace, run=("sglang.srt.eplb.eplb_algorithms", *run))
 
 
 @cache

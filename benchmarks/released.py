@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -84,20 +84,31 @@ def load(root: Path, names: list[str], *, replace: Mapping[str, ModuleType] | No
     Args:
         root: what `fetch` returned.
         names: dotted names, all in one top-level package. They may import each other.
-        replace: modules of other packages to use instead of what is (or is not) installed.
+        replace: modules to use instead of what is (or is not) released or installed.
     """
-    package = names[0].partition(".")[0]
-    with _stand_ins(root, package, dict(replace or {})):
+    with installed(root, names[0].partition(".")[0], replace=replace):
         return [importlib.import_module(name) for name in names]
 
 
 @contextmanager
-def _stand_ins(root: Path, package: str, replace: dict[str, ModuleType]) -> Iterator[None]:
+def installed(
+    root: Path, package: str, *, replace: Mapping[str, ModuleType] | None = None, run: Collection[str] = ()
+) -> Iterator[None]:
+    """Make `import` find a package in its files under `root` while this lasts; the rest of it are stand-ins.
+
+    Args:
+        root: what `fetch` returned.
+        package: a top-level package. If it is really installed, it is hidden.
+        replace: modules to use instead of what is (or is not) released or installed.
+        run: packages of which the `__init__` file is run; in others it is not, as it would pull in the engine.
+    """
+    replace = dict(replace or {})
+
     def ours(name: str) -> bool:
         return name.partition(".")[0] == package or name in replace
 
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
-    finder = _Finder(root, package)
+    finder = _Finder(root, package, run)
     sys.meta_path.insert(0, finder)
     sys.modules.update(replace)
     try:
@@ -110,18 +121,20 @@ def _stand_ins(root: Path, package: str, replace: dict[str, ModuleType]) -> Iter
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Serves modules of one package from files, and an empty package of mocks for any name that has no file.
+    """Serves modules of one package from files, and an empty package of mocks for any name that has no file."""
 
-    Package `__init__` files are never run: they would pull in the engine.
-    """
-
-    def __init__(self, root: Path, package: str) -> None:
-        self.root, self.package = root, package
+    def __init__(self, root: Path, package: str, run: Collection[str]) -> None:
+        self.root, self.package, self.run = root, package, run
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname.partition(".")[0] != self.package:
             return None
-        file = self.root.joinpath(*fullname.split(".")).with_suffix(".py")
+        folder = self.root.joinpath(*fullname.split("."))
+        if fullname in self.run:
+            return importlib.util.spec_from_file_location(
+                fullname, folder / "__init__.py", submodule_search_locations=[str(folder)]
+            )
+        file = folder.with_suffix(".py")
         if file.is_file():
             return importlib.util.spec_from_file_location(fullname, file)
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
@@ -145,4 +158,5 @@ class StandIn(ModuleType):
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        return MagicMock(name=f"{self.__name__}.{name}")
+        full = f"{self.__name__}.{name}"
+        return sys.modules.get(full) or MagicMock(name=full)
