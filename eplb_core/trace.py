@@ -10,6 +10,7 @@ from eplb_core._files import PathLike
 from eplb_core._npz import LIMIT_BYTES, read_npy
 from eplb_core.formats import arrays, sglang, sglang_pt, table, text
 from eplb_core.formats.layers import layer_ids_or_range, spread_out
+from eplb_core.formats.move_plan import StoredPlan, read_plan, write_plan
 from eplb_core.formats.names import choose
 from eplb_core.formats.placements import PLACEMENT_FORMATS, StoredPlacement, read_placement, write_placement
 from eplb_core.formats.values import blaming, load_of, metadata_of
@@ -18,12 +19,15 @@ __all__ = (
     "PLACEMENT_FORMATS",
     "TRACE_FORMATS",
     "StoredPlacement",
+    "StoredPlan",
     "Trace",
     "iter_windows",
     "read_metadata",
     "read_placement",
+    "read_plan",
     "read_trace",
     "write_placement",
+    "write_plan",
     "write_trace",
 )
 

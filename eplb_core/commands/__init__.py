@@ -2,11 +2,9 @@
 
 import typer
 
-from eplb_core.commands.demo import demo
+from eplb_core.commands import convert, demo, plan, verify
 
-app = typer.Typer(
-    name="eplb", no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
-)
+app = typer.Typer(name="eplb", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -14,4 +12,7 @@ def eplb() -> None:
     """Expert-parallelism load balancing for mixture-of-experts serving."""
 
 
-app.command()(demo)
+app.command(epilog=plan.EPILOG)(plan.plan)
+app.command(epilog=verify.EPILOG)(verify.verify)
+app.command(epilog=convert.EPILOG)(convert.convert)
+app.command()(demo.demo)

@@ -22,6 +22,12 @@ _MEMBER = "load.npy"
 _MOST_METADATA = 2**24  # characters of `meta`, or entries of an array beside it
 
 
+def names_of(path: PathLike) -> list[str]:
+    """Return the names of an `.npz`'s arrays."""
+    with reading(path, _ANY_SIZE) as file, zipfile.ZipFile(_npz._SmallReads(file)) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
 def read_npz_trace(path: PathLike, limit_bytes: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Return load and metadata of an `.npz` trace."""
     arrays = _npz.read_npz(path, limit_bytes=limit_bytes)

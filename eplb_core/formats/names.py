@@ -16,14 +16,18 @@ _BY_SUFFIX = {
 }
 
 
+def by_name(path: PathLike) -> str | None:
+    """Return the format that a file's name tells, if any; a folder is `"sglang-pt"`."""
+    return "sglang-pt" if os.path.isdir(path) else _BY_SUFFIX.get(os.path.splitext(path)[1].lower())
+
+
 def choose(path: PathLike, format: str | None, known: tuple[str, ...], function: str) -> str:
-    """Return the format that is named, or else the one that the file's name tells; a folder is `"sglang-pt"`.
+    """Return the format that is named, or else the one that the file's name tells.
 
     Raises:
         EplbError: if it is not among the known ones.
     """
-    suffix = os.path.splitext(path)[1].lower()
-    name = format or ("sglang-pt" if os.path.isdir(path) else _BY_SUFFIX.get(suffix))
+    name = format or by_name(path)
     require(
         name in known,
         f"`{function}(format=...)` must be one of {', '.join(known)}",

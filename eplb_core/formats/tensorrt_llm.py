@@ -45,11 +45,10 @@ def read_placement(path: PathLike, limit_bytes: int) -> tuple[np.ndarray, dict[s
     flat = all(type(expert) is int for row in rows for expert in row)
     require(flat, f"`{path}` must map layers to lists of expert ids", "something else", "Check that the file is whole.")
     ids = placement_of(rows, path)
-    stated = value.get("num_slots", ids.shape[1])
     require(
-        stated in (None, ids.shape[1]),
-        f"`{path}` must list as many experts per layer as num_slots",
-        f"num_slots={stated}, listed={ids.shape[1]}",
+        value.get("num_slots") == ids.shape[1],
+        f"`{path}` must state as num_slots how many experts it lists per layer",
+        f"num_slots={value.get('num_slots')}, listed={ids.shape[1]}",
         "Check that the file is whole.",
     )
     info = {"ep_size": value["ep_size"]} if type(value.get("ep_size")) is int and value["ep_size"] > 0 else {}
@@ -59,9 +58,9 @@ def read_placement(path: PathLike, limit_bytes: int) -> tuple[np.ndarray, dict[s
 def write_placement(path: PathLike, physical_to_logical: np.ndarray, layer_ids: list[int]) -> None:
     """Write a configuration that TensorRT-LLM starts from and keeps."""
     rows = "".join(f"  {layer}: {row}\n" for layer, row in zip(layer_ids, physical_to_logical.tolist(), strict=True))
-    head = f"num_slots: {physical_to_logical.shape[1]}\n{_KEY}:\n"
+    tail = f"layer_updates_per_iter: 0\nnum_slots: {physical_to_logical.shape[1]}\n"  # last, so that a cut is noticed
     with writing(path) as file:
-        file.write(f"{head}{rows}layer_updates_per_iter: 0\n".encode())
+        file.write(f"{_KEY}:\n{rows}{tail}".encode())
 
 
 def _read_yaml(path: PathLike, limit_bytes: int) -> Any:
