@@ -7,6 +7,7 @@ from jaxtyping import Float, Int, Real
 from eplb_core import _ops
 from eplb_core._checks import EMPTY, check_ids, check_load, require
 from eplb_core.maps import count_replicas
+from eplb_core.moves import MovePlan
 from eplb_core.topology import Topology
 
 
@@ -143,3 +144,44 @@ def moved_experts(
     twin = xp.argmax(xp.astype(after[..., :, None] == after[..., None, :], xp.int32), axis=-1)
     first = twin == xp.arange(topology.slots_per_rank, dtype=twin.dtype)
     return xp.sum(xp.astype(first & ~held & (after != EMPTY), xp.int32), axis=(1, 2), dtype=xp.int32)
+
+
+def received_experts(plan: MovePlan, topology: Topology) -> tuple[Int[Any, " layers"], Int[Any, " layers"]]:
+    """Count the experts that ranks receive by a plan, from ranks of their own node and from other nodes.
+
+    An expert that a rank puts into two slots is received once. A relayed one comes from the relay.
+
+    Args:
+        plan: from `plan_moves`.
+        topology: sizes of the plan.
+
+    Returns:
+        Two `[layers]` int32: within nodes, and across them.
+
+    Raises:
+        EplbError: if the shapes do not fit.
+
+    >>> import numpy as np
+    >>> from eplb_core import plan_moves
+    >>> topology = Topology(ep_size=4, slots_per_rank=1, num_nodes=2)
+    >>> plan = plan_moves(np.asarray([[0, 0, 1, 2]]), np.asarray([[0, 2, 1, 1]]), topology)
+    >>> [count.tolist() for count in received_experts(plan, topology)]
+    [[1], [1]]
+    """
+    source = _ops.as_array(plan.source_slot)
+    check_ids(source, topology.num_slots, "received_experts(plan=...)")
+    xp = _ops.namespace(source)
+    via = source
+    if plan.relay_slot is not None:
+        relay = _ops.as_array(plan.relay_slot)
+        via = xp.where(relay == EMPTY, source, relay)
+    split = (source.shape[0], topology.ep_size, topology.slots_per_rank)
+    by_rank, via = (xp.reshape(xp.astype(x, xp.int32), split) for x in (source, via))
+    origin = xp.where(via == EMPTY, EMPTY, via // topology.slots_per_rank)
+    rank = xp.arange(topology.ep_size, dtype=xp.int32)[:, None]
+    twin = xp.argmax(xp.astype(by_rank[..., :, None] == by_rank[..., None, :], xp.int32), axis=-1)
+    first = twin == xp.arange(topology.slots_per_rank, dtype=twin.dtype)
+    remote = first & (by_rank != EMPTY) & (by_rank // topology.slots_per_rank != rank)
+    crosses = remote & (origin // topology.ranks_per_node != rank // topology.ranks_per_node)
+    across = xp.sum(xp.astype(crosses, xp.int32), axis=(1, 2), dtype=xp.int32)
+    return xp.sum(xp.astype(remote, xp.int32), axis=(1, 2), dtype=xp.int32) - across, across

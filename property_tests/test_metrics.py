@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_core import balancedness, model_balancedness, moved_experts, rank_load
+from eplb_core import EMPTY, balancedness, model_balancedness, moved_experts, plan_moves, rank_load
+from eplb_core.metrics import received_experts
 from eplb_core.testing import loads, model_moved, model_rank_load, placement_pairs
 
 
@@ -50,3 +51,20 @@ def test_moved_experts_counts_what_ranks_must_receive(pair):
     assert got.dtype == np.int32
     rows = zip(old.tolist(), new.tolist(), strict=True)
     assert got.tolist() == [len(model_moved(*row, topology)) for row in rows]
+
+
+@given(placement_pairs(), st.sampled_from(["direct", "node"]))
+def test_received_experts_are_the_moved_ones_told_apart_by_where_they_come_from(pair, fan_out):
+    topology, _, old, new = pair
+    plan = plan_moves(old, new, topology, fan_out=fan_out)
+    within, across = received_experts(plan, topology)
+    np.testing.assert_array_equal(within + across, moved_experts(old, new, topology))
+    for layer, row in enumerate(plan.source_slot.tolist()):
+        relays = [EMPTY] * len(row) if plan.relay_slot is None else plan.relay_slot[layer].tolist()
+        received = {}
+        for dst, (src, via) in enumerate(zip(row, relays, strict=True)):
+            if src != EMPTY and src // topology.slots_per_rank != dst // topology.slots_per_rank:
+                received.setdefault((dst // topology.slots_per_rank, src), src if via == EMPTY else via)
+        nodes = [(rank, slot // topology.slots_per_rank) for (rank, _), slot in received.items()]
+        crossing = [1 for a, b in nodes if a // topology.ranks_per_node != b // topology.ranks_per_node]
+        assert across[layer] == len(crossing)
