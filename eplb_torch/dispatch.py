@@ -1,34 +1,31 @@
-"""Logical top-k ids to slot ids, spread evenly over the copies of each expert, and token counts."""
+"""Logical top-k ids to slot ids, spread evenly over the entries of each expert's maps, and token counts."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from eplb_core import EMPTY, ExpertMaps, derive_maps
+from eplb_core import EMPTY, ExpertMaps
 from eplb_core._checks import require
+from eplb_torch.device_maps import DeviceMaps, LayerMaps
 
-
-class LayerMaps(NamedTuple):
-    """Where the copies of each expert of one layer are, as tensors on the device of the tokens.
-
-    logical_to_physical: int32 `[logical, max_replicas]` ascending slots, padded with `EMPTY`.
-    replica_count: int32 `[logical]` live entries of `logical_to_physical`; 0 for a lost expert.
-    """
-
-    logical_to_physical: Tensor
-    replica_count: Tensor
+__all__ = ("DeviceMaps", "LayerMaps", "count_tokens", "mask_padding", "select_slots")
 
 
 def select_slots(
-    topk_ids: Int[Tensor, "*tokens"], maps: LayerMaps | ExpertMaps, *, offset: int | Int[Tensor, "*logical"] = 0
+    topk_ids: Int[Tensor, "*tokens"],
+    maps: LayerMaps | ExpertMaps,
+    *,
+    offset: int | Int[Tensor, "*logical"] = 0,
+    unpadded: int | Tensor | None = None,
 ) -> Int[Tensor, "*tokens"]:
     """Choose a slot for every (token, expert) pair, such that the copies of an expert share its tokens evenly.
 
     The n-th occurrence of an expert in the flattened ids goes to its copy `(offset + n) % replica_count`, so the
-    tokens that any two copies get from one call differ by at most one, for any number of tokens and any k.
+    tokens that any two copies get from one call differ by at most one, for any number of tokens and any k. Where
+    maps were made with shares, each copy gets its share, to within two tokens, or one with offset 0.
     One stable sort, `O(n log n)`; no host synchronisation, no data-dependent shape, no randomness.
 
     Args:
@@ -38,14 +35,23 @@ def select_slots(
         offset: the copy that takes an expert's first token, counted modulo its copies: an integer, or an integer
             tensor of shape `[]` or `[logical]`. Ranks that pass their ep_rank do not all begin with the same copy;
             adding the tokens counted so far, `[logical]`, evens out the copies over many calls too.
+        unpadded: the tokens that are not padding, as for `mask_padding`; by default all.
 
     Returns:
-        Slot ids with the shape and dtype of `topk_ids`; `EMPTY` for padding and for experts without a copy.
+        Slot ids with the shape and dtype of `topk_ids`; `EMPTY` for padding and for experts without a copy. Where
+        padding is makes no difference to the other tokens.
 
     >>> maps = LayerMaps(torch.tensor([[0, 2], [1, -1]]), torch.tensor([2, 1]))
     >>> select_slots(torch.tensor([[0, 1], [0, -1], [0, 1]]), maps).tolist()
     [[0, 1], [2, -1], [0, 1]]
     """
+    return select_and_count(mask_padding(topk_ids, unpadded), maps, offset)[0]
+
+
+def select_and_count(
+    topk_ids: Int[Tensor, "*tokens"], maps: LayerMaps | ExpertMaps, offset: int | Int[Tensor, "*logical"]
+) -> tuple[Int[Tensor, "*tokens"], Int[Tensor, " logical"]]:
+    """As `select_slots`, and what `count_tokens` says of the ids, which it has counted anyway."""
     slots_of = _tensor(maps.logical_to_physical, topk_ids.device)
     replica_count = _tensor(maps.replica_count, topk_ids.device)
     num_logical = replica_count.shape[0]
@@ -56,13 +62,42 @@ def select_slots(
         offset = offset[expert]
     # An expert without copies has only EMPTY entries, so any replica will do.
     count = replica_count[expert].clamp(min=1)
-    replica = (_occurrence(torch.where(padding, num_logical, ids), num_logical) + offset) % count
-    slots = torch.where(padding, EMPTY, slots_of[expert, replica])
-    return slots.to(topk_ids.dtype).reshape(topk_ids.shape)
+    occurrence, counts = _occurrence(torch.where(padding, num_logical, ids), num_logical)
+    slots = torch.where(padding, EMPTY, slots_of[expert, (occurrence + offset) % count])
+    return slots.to(topk_ids.dtype).reshape(topk_ids.shape), counts[:num_logical]
 
 
-def _tensor(x: Any, device: torch.device) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)).to(device)
+def mask_padding(topk_ids: Int[Tensor, "*tokens"], unpadded: int | Tensor | None) -> Int[Tensor, "*tokens"]:
+    """Replace the ids of padding tokens by `EMPTY`, which is sent nowhere and not counted.
+
+    Args:
+        topk_ids: int32 or int64 `[tokens, ...]`.
+        unpadded: how many leading tokens are real, as an integer or an integer tensor of one element; or a bool
+            mask of the real ones, of the leading dimensions of `topk_ids`. None masks nothing. A tensor may be
+            filled anew between replays of a captured graph.
+
+    Returns:
+        Ids of the same shape and dtype.
+
+    Raises:
+        EplbError: if the shape of `unpadded` does not fit, or it is neither bool nor integer.
+
+    >>> mask_padding(torch.tensor([[0, 1], [2, 0]]), 1).tolist()
+    [[0, 1], [-1, -1]]
+    """
+    if unpadded is None:
+        return topk_ids
+    real = unpadded
+    if _is_count(unpadded) and topk_ids.ndim:
+        real = torch.arange(topk_ids.shape[0], device=topk_ids.device) < unpadded
+    require(
+        isinstance(real, Tensor) and real.dtype == torch.bool and topk_ids.shape[: real.ndim] == real.shape,
+        "`unpadded` must be a number of leading tokens, or a bool mask of leading dimensions of `topk_ids`",
+        f"{_describe(unpadded)} for ids of shape {tuple(topk_ids.shape)}",
+        "Count or mask tokens, in the shape in which the ids are passed.",
+    )
+    assert isinstance(real, Tensor)
+    return torch.where(real.reshape(*real.shape, *[1] * (topk_ids.ndim - real.ndim)), topk_ids, EMPTY)
 
 
 def count_tokens(ids: Int[Tensor, "*tokens"], num_ids: int) -> Int[Tensor, " num_ids"]:
@@ -80,74 +115,18 @@ def count_tokens(ids: Int[Tensor, "*tokens"], num_ids: int) -> Int[Tensor, " num
     return _counts(torch.where(_is_padding(flat, num_ids), num_ids, flat), num_ids)[:num_ids]
 
 
-class DeviceMaps:
-    """The dispatch maps of all layers, in tensors that keep their addresses for as long as this object lives.
+def _tensor(x: Any, device: torch.device) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)).to(device)
 
-    A layer's maps are views, so a captured CUDA graph or a compiled function that holds them sees every update.
-    Updates are copies on the current stream: make them on the stream that runs the model.
 
-    Args:
-        physical_to_logical: `[layers, slots]` the placement in force.
-        num_logical: experts the router knows.
-        max_replicas: most copies that an expert of any later placement has; by default as many as there can be
-            while every expert keeps one.
-        device: of the tokens.
+def _is_count(unpadded: int | Tensor) -> bool:
+    if not isinstance(unpadded, Tensor):
+        return isinstance(unpadded, int)
+    return unpadded.numel() == 1 and unpadded.dtype in (torch.int32, torch.int64)
 
-    Raises:
-        EplbError: if the placement is malformed or an expert has more than `max_replicas` copies.
-    """
 
-    def __init__(
-        self,
-        physical_to_logical: Int[Any, "layers slots"],
-        num_logical: int,
-        *,
-        max_replicas: int | None = None,
-        device: torch.device | str | None = None,
-    ):
-        placement = np.asarray(physical_to_logical)
-        require(
-            placement.ndim == 2,
-            "`DeviceMaps(physical_to_logical=...)` must be `[layers, slots]`",
-            f"shape={placement.shape}",
-            "Add a leading axis of one layer if there is only one.",
-        )
-        num_layers, self._num_slots = placement.shape
-        self.num_logical = num_logical
-        self.max_replicas = max(self._num_slots - num_logical + 1, 1) if max_replicas is None else max_replicas
-        shape = (num_layers, num_logical, self.max_replicas)
-        self.logical_to_physical = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
-        self.replica_count = torch.zeros(shape[:2], dtype=torch.int32, device=device)
-        self.update(placement)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers these maps hold."""
-        return self.replica_count.shape[0]
-
-    def layer(self, index: int) -> LayerMaps:
-        """The maps of one layer, as views that later updates change."""
-        return LayerMaps(self.logical_to_physical[index], self.replica_count[index])
-
-    def update(self, physical_to_logical: Int[Any, "*layers slots"], *, layer: int | None = None) -> None:
-        """Switch all layers to the placement `[layers, slots]`, or one `layer` to `[slots]`, in place.
-
-        Raises:
-            EplbError: if it is malformed, has another shape, or more than `max_replicas` copies of an expert; the
-                maps are unchanged then.
-        """
-        placement = np.asarray(physical_to_logical)
-        expected = (self._num_slots,) if layer is not None else (self.num_layers, self._num_slots)
-        require(
-            placement.shape == expected,
-            f"`DeviceMaps.update(physical_to_logical=..., layer={layer})` must have the shape {expected}",
-            f"shape={placement.shape}",
-            "Build new DeviceMaps where the number of layers or slots changes.",
-        )
-        maps = derive_maps(placement, self.num_logical, max_replicas=self.max_replicas)
-        where = slice(None) if layer is None else layer
-        self.logical_to_physical[where].copy_(torch.tensor(maps.logical_to_physical))
-        self.replica_count[where].copy_(torch.tensor(maps.replica_count))
+def _describe(unpadded: int | Tensor) -> str:
+    return f"{unpadded.dtype} {tuple(unpadded.shape)}" if isinstance(unpadded, Tensor) else repr(unpadded)
 
 
 def _is_padding(ids: Tensor, num_ids: int) -> Tensor:
@@ -159,10 +138,10 @@ def _counts(keys: Tensor, last: int) -> Tensor:
     return keys.new_zeros(last + 1).scatter_add_(0, keys, torch.ones_like(keys))
 
 
-def _occurrence(keys: Tensor, last: int) -> Tensor:
-    """How many entries before each one are equal to it, for keys `0..last`."""
+def _occurrence(keys: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """How many entries before each one are equal to it, for keys `0..last`; and the counts of the keys."""
     ordered, order = torch.sort(keys, stable=True)
     counts = _counts(keys, last)
     first = counts.cumsum(0) - counts
     position = torch.arange(keys.shape[0], device=keys.device) - first[ordered]
-    return torch.empty_like(position).scatter_(0, order, position)
+    return torch.empty_like(position).scatter_(0, order, position), counts

@@ -103,3 +103,47 @@ def test_inputs_are_not_written_and_the_result_repeats(case, offset):
     maps, before = layer_maps(placement, num_logical), ids.clone()
     assert torch.equal(select_slots(ids, maps, offset=offset), select_slots(ids, maps, offset=offset))
     assert torch.equal(ids, before)
+
+
+@st.composite
+def weighted(draw):
+    """A dispatch, and a share for each slot of its placement that leaves no expert with copies without one."""
+    placement, num_logical, ids = draw(dispatches())
+    shares = draw(st.lists(st.integers(0, 9), min_size=len(placement), max_size=len(placement)))
+    shares = np.where(placement == EMPTY, 0, shares)
+    for expert in set(placement.tolist()) - {EMPTY}:
+        copies = np.flatnonzero(placement == expert)
+        shares[copies[0]] += not shares[copies].any()
+    return placement, num_logical, ids, shares
+
+
+@given(weighted(), st.integers(0, 50))
+def test_copies_get_their_shares_within_one_token_or_two(case, offset):
+    placement, num_logical, ids, shares = case
+    maps = DeviceMaps(placement[None], num_logical, max_replicas=150, shares=shares[None]).layer(0)
+    tokens = count_tokens(select_slots(ids, maps, offset=offset), len(placement)).numpy()
+    for expert, total in enumerate(count_tokens(ids, num_logical).tolist()):
+        copies = placement == expert
+        if copies.any():
+            exact = shares[copies] * (total / shares[copies].sum())
+            assert tokens[copies].sum() == total
+            assert np.abs(tokens[copies] - exact).max() < (2 if offset else 1)
+
+
+@given(dispatches(), offsets, st.data())
+def test_padding_makes_no_difference_to_other_tokens(case, offset, data):
+    placement, num_logical, ids = case
+    maps = layer_maps(placement, num_logical)
+    real = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))), dtype=torch.bool)
+    slots = select_slots(ids, maps, offset=offset, unpadded=real)
+    assert torch.equal(slots[real], select_slots(ids[real], maps, offset=offset))
+    assert (slots[~real] == EMPTY).all()
+
+
+@given(dispatches(), offsets, st.data())
+def test_a_count_of_unpadded_tokens_is_a_mask_of_the_leading_ones(case, offset, data):
+    placement, num_logical, ids = case
+    maps, count = layer_maps(placement, num_logical), data.draw(st.integers(0, len(ids)))
+    slots = select_slots(ids, maps, offset=offset, unpadded=torch.tensor(count))
+    assert torch.equal(slots, select_slots(ids, maps, offset=offset, unpadded=torch.arange(len(ids)) < count))
+    assert torch.equal(slots[:count], select_slots(ids[:count], maps, offset=offset))
