@@ -15,6 +15,7 @@ from eplb_core.policies.greedy import greedy
 from eplb_core.policies.groups import groups_by_node
 from eplb_core.policies.incremental import incremental
 from eplb_core.policies.refined import refined
+from eplb_core.policies.spread import spread_copies
 from eplb_core.topology import Topology
 
 POLICIES = ("greedy", "refined", "incremental")
@@ -34,6 +35,7 @@ def rebalance(
     max_total_moves: int | None = None,
     cross_node_cost: float = 1.0,
     risk: float = 0.0,
+    spread: str | None = None,
 ) -> Int[Any, "layers slots"]:
     """Compute a placement for the load.
 
@@ -59,6 +61,9 @@ def rebalance(
             a move takes most off the busiest rank.
         cross_node_cost: (incremental) cost of a swap between nodes, that within a node being 1.
         risk: standard deviations between windows by which each expert counts as hotter than its mean.
+        spread: `"node"` puts the copies of every expert that has several on at least two nodes, so that it survives
+            the loss of one: always if moves are not limited, else with the moves that balancing leaves. Layers
+            within tolerance are changed for it too.
 
     Returns:
         `[layers, slots]` int32, in the library of `load`. `EMPTY` only where every expert has a copy on every rank,
@@ -66,7 +71,7 @@ def rebalance(
 
     Raises:
         EplbError: if the load is negative or not finite, the experts do not fit the slots, the shapes disagree,
-            the hierarchy cannot be had or an option is out of range.
+            the hierarchy or the spread cannot be had, or an option is out of range.
 
     >>> import numpy as np
     >>> topology = Topology(ep_size=2, slots_per_rank=3)
@@ -81,20 +86,22 @@ def rebalance(
     check_sizes(load.shape[-1], topology, "rebalance(load=...)")
     _check_options(policy, tolerance, max_moves, max_total_moves, cross_node_cost, risk)
     num_groups, num_nodes = _resolve(hierarchy, num_groups, topology.num_nodes, load.shape[-1])
+    _check_spread(spread, num_nodes, topology)
     total = _total(load, risk)
     if previous is not None:
         previous = _checked_previous(previous, load, topology)
     if policy == "greedy":
-        placed = greedy(total, topology, num_groups=num_groups, num_nodes=num_nodes)
+        placed = _spread(greedy(total, topology, num_groups=num_groups, num_nodes=num_nodes), total, topology, spread)
         return placed if previous is None else preserve_slots(placed, previous, topology)
     groups = num_groups if num_nodes > 1 else 1
     if policy == "refined" or previous is None:
-        placed = _by_node(refined, total, previous, topology, groups)
+        placed = _spread(_by_node(refined, total, previous, topology, groups), total, topology, spread)
         return placed if previous is None else preserve_slots(placed, previous, topology)
 
     def improve(max_moves):
         plan = partial(incremental, tolerance=tolerance, cross_node_cost=cross_node_cost)
         placed = _by_node(plan, total, previous, topology, groups, max_moves=max_moves)
+        placed = _spread(placed, total, topology, spread, previous, max_moves)
         return preserve_slots(placed, previous, topology)
 
     xp = _ops.namespace(total)
@@ -135,6 +142,17 @@ def _by_node(plan, load, previous, topology: Topology, num_groups: int, max_move
     at = xp.reshape(xp.where(placed == EMPTY, EMPTY, placed + first), (num_layers, -1))
     found = xp.take_along_axis(expert, xp.maximum(at, 0), axis=1)
     return xp.where(at == EMPTY, xp.asarray(EMPTY, dtype=xp.int32), found)
+
+
+def _spread(placed, load, topology: Topology, spread: str | None, previous=None, max_moves=None):
+    """Spread copies over nodes if asked to, with the moves that are left of `max_moves` per layer."""
+    if spread is None:
+        return placed
+    xp = _ops.namespace(load)
+    left = xp.full((load.shape[0],), _UNLIMITED, dtype=xp.int32)
+    if max_moves is not None:
+        left = xp.maximum(max_moves - moved_experts(previous, placed, topology), xp.zeros_like(left))
+    return spread_copies(placed, load, topology, max_moves=left)
 
 
 def _split(max_moves, num_nodes: int):
@@ -198,6 +216,27 @@ def _check_options(policy, tolerance, max_moves, max_total_moves, cross_node_cos
             f"{name}={value}",
             "See its description.",
         )
+
+
+def _check_spread(spread: str | None, num_nodes: int, topology: Topology) -> None:
+    require(
+        spread in (None, "node"),
+        "`rebalance(spread=...)` must be None or 'node'",
+        f"spread={spread!r}",
+        "Check the spelling.",
+    )
+    require(
+        spread is None or topology.num_nodes > 1,
+        "`rebalance(spread='node')` needs at least two nodes",
+        f"num_nodes={topology.num_nodes}",
+        "Set num_nodes in the Topology, or use spread=None.",
+    )
+    require(
+        spread is None or num_nodes == 1,
+        "`rebalance(spread='node')` contradicts hierarchical balancing, which keeps an expert's copies on one node",
+        f"num_nodes={num_nodes} for the groups",
+        "Use hierarchy='global', or spread=None.",
+    )
 
 
 def _resolve(hierarchy: str, num_groups: int, num_nodes: int, num_logical: int) -> tuple[int, int]:
