@@ -58,14 +58,14 @@ def test_results_have_the_types_and_shapes_of_sglangs(dtype):
         ("elasticity_aware", [1, 1, 1, 1]),
         ("elasticity_aware_hierarchical", [1, 1, 1, 1]),
         ("elasticity_aware", [1, 0, 1, 1]),
-        ("elasticity_aware_hierarchical", [1, 1, 1, 0]),
+        ("elasticity_aware_hierarchical", [1, 0, 1, 0]),
     ],
 )
 def test_greedy_gives_the_results_of_sglangs_own_algorithms(name, alive):
     """Placement and counts are equal; an expert's slots are the same in another order."""
-    with SGLang(3, 12, Topology(4, 4, 2), alive=alive) as engine:
+    with SGLang(3, 12, Topology(4, 7, 2), alive=alive) as engine:
         for seed in range(10):
-            arguments = (recorded(3, 12, seed), 16, 4, 4, 2, engine.algorithms.EplbAlgorithm[name])
+            arguments = (recorded(3, 12, seed), 28, 7, 4, 2, engine.algorithms.EplbAlgorithm[name])
             theirs = engine.algorithms.rebalance_experts(*arguments)
             ours = planner(policy="greedy", alive=alive)(*arguments)
             assert torch.equal(ours[0], theirs[0])
@@ -138,6 +138,14 @@ def test_there_are_no_empty_slots():
     assert (to_slots >= 0).sum() == 12
 
 
+def test_a_slot_without_use_takes_the_coldest_expert_of_all_steps():
+    """Both ranks hold every expert, so a further copy of the coldest one disturbs the balance least."""
+    load = torch.tensor([[[0, 30, 20]], [[50, 0, 20]], [[0, 60, 0]]])
+    for options in ({}, {"risk": 1.0}):
+        _, _, count = planner(**options)(load, 8, 4, None, 1, algorithm("deepseek"))
+        assert count.tolist() == [[2, 2, 4]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -195,11 +203,18 @@ def test_an_elastic_state_of_fewer_ranks_is_refused():
 
 
 def test_ranks_that_joined_count_as_empty_where_the_placement_does_not_know_them():
-    held = round_robin(2, 12, Topology(3, 5))
-    placed, _, _ = planner(held, [1] * 4)(recorded(2, 12), 20, 5, None, 1, algorithm("elasticity_aware"))
-    expected = rebalance(
-        recorded(2, 12).sum(0).numpy(), Topology(4, 5), previous=np.pad(held, ((0, 0), (0, 5)), constant_values=-1)
-    )
+    """Three ranks were known, of which one has died; a fourth has joined."""
+    held = round_robin(2, 12, Topology(3, 6))
+    placed, _, _ = planner(held, [1, 0, 1, 1])(recorded(2, 12), 24, 6, None, 1, algorithm("elasticity_aware"))
+    live = np.concatenate([held[:, :6], held[:, 12:], np.full((2, 6), EMPTY)], axis=1)
+    expected = rebalance(recorded(2, 12).sum(0).numpy(), Topology(3, 6), previous=live)
+    np.testing.assert_array_equal(placed[:, [*range(6), *range(12, 24)]], expected)
+
+
+def test_ranks_beyond_those_of_the_plan_are_left_out():
+    held = rebalance(recorded(2, 12).sum(0).numpy(), Topology(4, 5))
+    placed, _, _ = planner(held)(recorded(2, 12), 15, 5, None, 1, algorithm("deepseek"))
+    expected = rebalance(recorded(2, 12).sum(0).numpy(), Topology(3, 5), previous=held[:, :15])
     np.testing.assert_array_equal(placed, expected)
 
 

@@ -154,6 +154,13 @@ def moves(old, new, topology):
     return moved_experts(old[:, : topology.num_slots].numpy(), new.numpy(), topology).sum()
 
 
+def test_what_fills_a_slot_lies_where_it_lay():
+    """Rank 0 gets expert 0; its third slot has no use, and is left to expert 1, in a slot that held it before."""
+    load, old = torch.tensor([[5, 4]]), torch.tensor([[1, 1, 1, 0, 0, 1]])
+    new = plug.make_policy("refined").rebalance_experts(load, 6, 1, 1, 2, old)
+    assert new[0, :3].tolist() == [1, 1, 0]
+
+
 def test_ranks_that_join_are_filled_with_fewer_moves_than_vllm_makes():
     topology = Topology(6, 5)
     load, old = tensors(skewed(4, 16), round_robin(4, 16, Topology(4, 5)))

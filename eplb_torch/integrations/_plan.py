@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, Real
+from jaxtyping import Int, Int64, Real
 from torch import Tensor
 
-from eplb_core import EMPTY, Topology, rebalance
+from eplb_core import EMPTY, Topology, preserve_slots, rebalance
 from eplb_core._checks import require
 
 
@@ -45,7 +45,10 @@ def plan(
     topology = engine_topology(counts.shape[-1], num_slots, num_ranks, num_nodes)
     held = None if previous is None else fit(to_numpy(previous), topology)
     placed = rebalance(counts, topology, num_groups=num_groups or 1, previous=held, **options)
-    return fill_empty(placed, counts if counts.ndim == 2 else counts.sum(axis=0), topology)
+    if (placed == EMPTY).any():
+        placed = fill_empty(placed, counts if counts.ndim == 2 else counts.sum(axis=0), topology)
+        placed = placed if held is None else preserve_slots(placed, held, topology)
+    return placed.astype(np.int64)
 
 
 def to_numpy(values: Tensor) -> np.ndarray:
@@ -81,10 +84,8 @@ def fit(previous: Int64[np.ndarray, "layers old_slots"], topology: Topology) -> 
 
 
 def fill_empty(
-    placed: Int64[np.ndarray, "layers slots"] | np.ndarray,
-    load: Real[np.ndarray, "layers logical"],
-    topology: Topology,
-) -> Int64[np.ndarray, "layers slots"]:
+    placed: Int[np.ndarray, "layers slots"], load: Real[np.ndarray, "layers logical"], topology: Topology
+) -> Int[np.ndarray, "layers slots"]:
     """Put into every empty slot the copy that adds least to its rank's load.
 
     An expert that the rank holds anyway is taken, so that filling costs no transfer; if all its copies are on this
@@ -95,7 +96,7 @@ def fill_empty(
         load: tokens per expert.
         topology: sizes of `placed`.
     """
-    placed = placed.astype(np.int64)
+    placed = placed.copy()
     for layer, slot in np.argwhere(placed == EMPTY):
         first = slot - slot % topology.slots_per_rank
         on_rank = placed[layer, first : first + topology.slots_per_rank]

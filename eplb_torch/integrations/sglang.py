@@ -109,16 +109,16 @@ def _make(policy, placement, ranks, fixed: tuple[tuple[str, Any], ...]) -> Calla
         num_ranks = num_physical_experts // num_local_physical_experts
         load = tokens_per_expert if options.get("risk") else _summed(tokens_per_expert)
         alive = ranks(num_ranks) if algorithm.name.startswith("elasticity_aware") else np.ones(num_ranks, dtype=bool)
-        grouped = algorithm.name.endswith("hierarchical") and bool(alive.all())
+        grouped = algorithm.name.endswith("hierarchical")
         slots = np.repeat(alive, num_local_physical_experts)
         _check_capacity(load.shape[-1], slots, alive)
-        old = placement()
+        held = placement()
         live = plan(
             load,
-            None if old is None else old[:, _resized(slots, old.shape[1])],
+            None if held is None else _of(slots, held),
             num_slots=int(slots.sum()),
             num_ranks=int(alive.sum()),
-            num_nodes=num_nodes if alive.all() else 1,
+            num_nodes=num_nodes if alive.all() else 1,  # what is left may be uneven, so groups are ignored
             num_groups=num_groups,
             options={**options, "hierarchy": "hierarchical" if grouped else "global"},
         )
@@ -134,9 +134,9 @@ def _summed(tokens: Tensor) -> Tensor:
     return tokens if tokens.ndim == 2 else tokens.sum(dim=0)
 
 
-def _resized(slots: np.ndarray, num_slots: int) -> Tensor:
-    """The live slots of a placement that may have fewer or more slots than the new one, all of those beyond."""
-    return torch.from_numpy(np.append(slots, np.ones(max(num_slots - len(slots), 0), dtype=bool))[:num_slots])
+def _of(slots: Bool[np.ndarray, " slots"], placed: Tensor) -> Tensor:
+    """The columns of live slots; `placed` may be of fewer or of more ranks."""
+    return placed[:, : len(slots)][:, torch.from_numpy(slots[: placed.shape[1]])]
 
 
 def _check_capacity(num_logical: int, slots: np.ndarray, alive: np.ndarray) -> None:
