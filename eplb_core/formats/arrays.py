@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +130,7 @@ def _member(name: str) -> zipfile.ZipInfo:
     return member
 
 
-def _iter_windows(stream: IO[bytes], num_bytes: int, path: PathLike, limit_bytes: int) -> Iterator[np.ndarray]:
+def _iter_windows(stream: Any, num_bytes: int, path: PathLike, limit_bytes: int) -> Iterator[np.ndarray]:
     shape, dtype = _header(stream, num_bytes)
     windows, *window_shape = shape if len(shape) == 3 else (1, *shape)
     window_bytes = math.prod(window_shape) * dtype.itemsize
@@ -147,10 +147,10 @@ def _iter_windows(stream: IO[bytes], num_bytes: int, path: PathLike, limit_bytes
     stream.read(1)  # reaching the end compares the checksum
 
 
-def _header(stream: IO[bytes], num_bytes: int) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
+def _header(stream: Any, num_bytes: int) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(stream)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, column_major, dtype = read_header(stream)  # type: ignore[arg-type]
+    shape, column_major, dtype = read_header(stream)
     if column_major and len(shape) > 1:
         raise ValueError("an array in column-major order, which has no windows to read one by one; read it whole")
     if dtype.hasobject or min(shape, default=0) < 0:
@@ -160,7 +160,7 @@ def _header(stream: IO[bytes], num_bytes: int) -> tuple[tuple[int, ...], np.dtyp
     return shape, dtype
 
 
-def _read_exactly(stream: IO[bytes], size: int) -> bytearray:
+def _read_exactly(stream: Any, size: int) -> bytearray:
     data = bytearray()
     while len(data) < size:
         piece = stream.read(min(size - len(data), 2**20))

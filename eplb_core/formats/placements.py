@@ -93,7 +93,7 @@ def write_placement(
     ids = placement_of(np.asarray(physical_to_logical), path)
     _check(name, ids, topology, path)
     numbers = layer_ids_or_range(layer_ids, len(ids), path)
-    experts = int(ids.max()) + 1 if num_logical is None else num_logical
+    experts = max(int(ids.max()) + 1, 1) if num_logical is None else num_logical
     if name == "npz" and topology is not None:
         own_placement.write_placement(path, ids, topology, experts, numbers, metadata)
     elif name == "npy":
