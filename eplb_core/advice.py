@@ -73,6 +73,11 @@ class Advice(NamedTuple):
         """Whether to enable it."""
         return self.verdict is Verdict.ENABLE
 
+    @property
+    def gross_gain(self) -> Gain:
+        """The largest `gross_gain` of the candidates."""
+        return max(candidate.gross_gain for candidate in self.candidates)
+
 
 def explain(advice: Advice) -> str:
     """Say in a sentence or two what to do and why, with figures.
@@ -108,18 +113,18 @@ def _balanced(advice: Advice, _: Any) -> str:
     )
 
 
-def _unpredictable(advice: Advice, chosen: Candidate) -> str:
+def _unpredictable(advice: Advice, _: Any) -> str:
     return (
         "Do not enable it: the past does not foretell the next window, or the trace is too short to show it. "
-        f"Placements made from the past save {_percent(chosen.gross_gain)} there, moves not counted; the best "
+        f"Placements made from the past save {_percent(advice.gross_gain)} there at best, moves not counted; the best "
         f"placement for each window itself would save {advice.possible_gain:.1%} at most."
     )
 
 
-def _redundancy_alone(advice: Advice, chosen: Candidate) -> str:
+def _redundancy_alone(advice: Advice, _: Any) -> str:
     return (
         "Do not enable it, but consider redundant experts: spread evenly and never moved, they save "
-        f"{_percent(advice.even_gain)}. Placements made from the past save {_percent(chosen.gross_gain)} more than the "
+        f"{_percent(advice.even_gain)}. Placements made from the past save {_percent(advice.gross_gain)} more than the "
         "better of that and nothing, moves not counted."
     )
 
@@ -129,8 +134,8 @@ def _cost(advice: Advice, chosen: Candidate) -> str:
     if advice.break_even_scale is not None:
         far = f" It would pay if each window stood for {advice.break_even_scale:.2g} times as many tokens."
     return (
-        f"Do not enable it at these costs: moves not counted, {chosen.replay.configuration.label} saves "
-        f"{_percent(chosen.gross_gain)}, but with them {_percent(chosen.gain)}.{far}"
+        f"Do not enable it at these costs: placements made from the past save {_percent(advice.gross_gain)} at best, "
+        f"but with the moves {chosen.replay.configuration.label}, the best then, saves {_percent(chosen.gain)}.{far}"
     )
 
 

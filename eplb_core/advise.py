@@ -76,7 +76,7 @@ def advise(
 
     Raises:
         EplbError: if the trace is malformed or an argument is out of range.
-        RuntimeError: as `sweep`.
+        SimulationError: as `sweep`.
 
     >>> load = np.tile([[[900, 100, 100, 100, 100, 100, 100, 100]]], (20, 1, 1)) + np.arange(20)[:, None, None] % 3
     >>> advice = advise(load, ep_size=4, costs=Costs(bytes_per_expert=10, seconds_per_token=1e-3))

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from eplb_core import _ops, control
 from eplb_core._checks import check_load, require
+from eplb_core.bound import load_bound
 from eplb_core.configuration import MODEL, Configuration, parse_estimator
 from eplb_core.control.decision import Decision, Reason, compare
 from eplb_core.costs import Costs, migration_cost
@@ -80,6 +81,19 @@ def replay_trace(
     mean, busiest = _judge(load, placements, segments, configuration.topology)
     balanced = np.divide(mean, busiest, out=np.ones_like(mean), where=busiest > 0)
     return Replay(configuration, costs, balanced, busiest, tuple(events), np.stack(placements))
+
+
+def balancedness_bound(
+    load: Int[Any, "windows layers logical"], topology: Topology
+) -> Float[np.ndarray, "judged layers"]:
+    """Balancedness that no placement can exceed, of every judged window and layer: the mean over `load_bound`.
+
+    >>> balancedness_bound(np.asarray([[[1, 1, 1]], [[7, 1, 1]]]), Topology(ep_size=3, slots_per_rank=1)).round(3)
+    array([[0.429]])
+    """
+    judged = check_trace(load)[1:]
+    mean, bound = judged.sum(axis=-1) / topology.ep_size, np.asarray(load_bound(judged, topology))
+    return np.divide(mean, bound, out=np.ones_like(mean), where=bound > 0)
 
 
 def check_trace(load: Int[Any, "windows layers logical"], fewest_windows: int = 2) -> Int[np.ndarray, "..."]:

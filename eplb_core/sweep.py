@@ -23,6 +23,10 @@ _POLL_SECONDS = 0.1
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+class SimulationError(RuntimeError):
+    """Work that failed, or a process that ended: the message says in which configuration."""
+
+
 def sweep(
     load: Int[Any, "windows layers logical"],
     configurations: Sequence[Configuration],
@@ -50,7 +54,7 @@ def sweep(
 
     Raises:
         EplbError: naming the configuration that cannot be run.
-        RuntimeError: if a process fails or ends; the others are stopped.
+        SimulationError: if a process fails or ends; the others are stopped.
 
     >>> from eplb_core import Topology
     >>> load = np.asarray([[[2, 1, 8, 1]], [[1, 2, 8, 1]], [[1, 1, 9, 1]]])
@@ -160,12 +164,12 @@ def _named(task: _Task, index: int) -> Iterator[None]:
     except EplbError as error:
         raise EplbError(f"{error} This is configuration {index}, {label!r}.") from error
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise SimulationError(
             "A process of `sweep` ended before its work did: killed, out of memory, or unable to import the caller. "
             'Call `sweep` below `if __name__ == "__main__":`, or with jobs=1.'
         ) from error
     except Exception as error:
-        raise RuntimeError(f"`sweep` failed in configuration {index}, {label!r}: {error!r}.") from error
+        raise SimulationError(f"`sweep` failed in configuration {index}, {label!r}: {error!r}.") from error
 
 
 @contextmanager

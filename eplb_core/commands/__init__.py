@@ -2,7 +2,7 @@
 
 import typer
 
-from eplb_core.commands import convert, demo, plan, verify
+from eplb_core.commands import advise, convert, demo, plan, report, simulate, verify
 
 app = typer.Typer(name="eplb", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -15,4 +15,7 @@ def eplb() -> None:
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=verify.EPILOG)(verify.verify)
 app.command(epilog=convert.EPILOG)(convert.convert)
+app.command(epilog=simulate.EPILOG)(simulate.simulate)
+app.command(epilog=advise.EPILOG)(advise.advise)
+app.command(epilog=report.EPILOG)(report.report)
 app.command()(demo.demo)

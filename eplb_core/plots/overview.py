@@ -28,7 +28,7 @@ def overview(load: Any, replays: Sequence[Replay], *, bound: Any = None, title: 
     best = max(replays, key=lambda replay: replay.mean_balancedness)
     configuration = best.configuration
     start = configuration.first_placement(*load.shape[1:])
-    titles = (configuration.start.replace("_", "-"), configuration.label)
+    titles = f"{configuration.start.replace('_', '-')}, last window", f"{configuration.label}, last window"
     rank_loads(start, best.placements[-1], load[-1], configuration.topology, titles=titles, figure=right)
     figure.suptitle(title)
     return figure

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eplb_core._checks import require
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, without its yellow, which is too pale for lines."""
 
@@ -29,10 +31,27 @@ def save(figure: Any, file: Path | str) -> None:
     """Write a figure as PNG, or as what the file's ending says.
 
     Raises:
+        EplbError: as `check_ending`.
         OSError: if the file cannot be written.
-        ValueError: if the ending is of no format that matplotlib knows.
     """
+    check_ending(file)
     figure.savefig(file, dpi=DOTS_PER_INCH)
+
+
+def check_ending(file: Path | str) -> None:
+    """Refuse the name of a picture whose ending says no format that matplotlib writes.
+
+    Raises:
+        EplbError: listing the endings.
+    """
+    known = new_figure(None, 1, 1).canvas.get_supported_filetypes()
+    ending = Path(file).suffix.lower().removeprefix(".")
+    require(
+        ending in known,
+        "The name of a picture must end in " + ", ".join(f".{name}" for name in sorted(known)),
+        f"{str(file)!r}",
+        "Use .png or .svg.",
+    )
 
 
 def png(figure: Any) -> bytes:
