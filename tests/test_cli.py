@@ -1,7 +1,9 @@
 """The command line: what it loads, what it refuses and with which exit codes."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,11 +14,14 @@ from eplb_core.commands import app
 HEAVY = ("torch", "jax", "matplotlib", "transformers")
 
 
+COMMANDS = ("plan", "verify", "convert", "simulate", "advise", "report", "demo")
+
+
 def eplb(*args):
     return CliRunner().invoke(app, args)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["demo", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], *([command, "--help"] for command in COMMANDS)])
 def test_help_loads_no_heavy_library(args):
     code = (
         "import sys\n"
@@ -29,6 +34,17 @@ def test_help_loads_no_heavy_library(args):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "Usage" in out.stdout
     assert out.stdout.endswith("0 []\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"), [("pl", {"plan"}), ("", set(COMMANDS)), ("plan --max-t", {"--max-total-moves"})]
+)
+def test_the_shell_completes_commands_and_options(typed, expected):
+    script = Path(sys.executable).with_name("eplb")
+    words = f"eplb {typed}"
+    variables = {"_EPLB_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    out = subprocess.run([script], env=os.environ | variables, capture_output=True, text=True, timeout=60, check=False)
+    assert expected <= set(out.stdout.split())
 
 
 def test_the_package_runs_as_a_module():

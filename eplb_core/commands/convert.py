@@ -94,7 +94,7 @@ def _kind(request: _Request, wanted: str | None) -> str:
     if wanted is not None or len(possible) == 1:
         return wanted or possible[0]
     if request.formats[0] == "npz":
-        return "trace" if "load" in names_of(request.source) else "placement"
+        return "placement" if "physical_to_logical" in names_of(request.source) else "trace"
     errors = {}
     for kind, read in (("trace", read_trace), ("placement", read_placement)):
         try:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     "eplb verify placement.npz",
-    "eplb verify init.json expert_map.json --ranks 32",
+    "eplb verify init.json expert_map.json --ranks 8",
     "eplb verify next.npz --previous placement.npz",
     "eplb verify moves.npz",
 )

@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,7 @@ def names_of(path: PathLike) -> list[str]:
 def read_npz_trace(path: PathLike, limit_bytes: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Return load and metadata of an `.npz` trace."""
     arrays = _npz.read_npz(path, limit_bytes=limit_bytes)
-    require(
-        "load" in arrays,
-        f"`{path}` must have an array `load`",
-        f"arrays {sorted(arrays)[:8]}",
-        "Name it so, or give the array as an .npy file. A placement is not a trace.",
-    )
+    _check_names(arrays, path)
     load = load_of(arrays.pop("load"), path)
     return load, _metadata(arrays, path)
 
@@ -72,12 +67,7 @@ def write_npy(path: PathLike, array: np.ndarray) -> None:
 def iter_npz_windows(path: PathLike, limit_bytes: int) -> Iterator[np.ndarray]:
     """Yield `[layers, experts]` for each window of an `.npz` trace; one window is in memory at a time."""
     with reading(path, _ANY_SIZE) as file, zipfile.ZipFile(_npz._SmallReads(file)) as archive:
-        require(
-            _MEMBER in archive.namelist(),
-            f"`{path}` must have an array `load`",
-            f"members {archive.namelist()[:8]}",
-            "Name it so. A placement is not a trace.",
-        )
+        _check_names([name.removesuffix(".npy") for name in archive.namelist()], path)
         member = archive.getinfo(_MEMBER)
         require(
             member.compress_type in _npz._METHODS,
@@ -122,6 +112,16 @@ def write_npz_windows(path: PathLike, windows: Iterable[Any], metadata: dict[str
                 shutil.copyfileobj(spool, stream, 2**20)
             with archive.open(_member("meta.npy"), "w") as stream:
                 np.lib.format.write_array(stream, np.asarray(json.dumps(metadata)), allow_pickle=False)
+
+
+def _check_names(names: Collection[str], path: PathLike) -> None:
+    """Refuse what is not a trace; a snapshot has both a placement and, in some form, a load."""
+    require(
+        "load" in names and "physical_to_logical" not in names,
+        f"`{path}` must be a trace, with an array `load`",
+        f"arrays {sorted(names)[:8]}",
+        "Name it so, or give the array as an .npy file. A placement is not a trace.",
+    )
 
 
 def _member(name: str) -> zipfile.ZipInfo:
