@@ -58,6 +58,8 @@ class Rearrangement:
         weights, plan, topology, transport, timeout, max_staging_bytes, checksum, epoch, staging: as for `rearrange`.
             The larger the parts, the longer the copies of one `step`.
         lead: seconds from the choice of a boundary to the boundary, roughly; doubled each time it was too short.
+        boundary: how many boundaries there have been. Ranks that build theirs between different forwards must count
+            from a common beginning; 0 does where all build it between the same two.
 
     Attributes:
         waited_seconds: how long `step` has waited for votes, in all.
@@ -76,6 +78,7 @@ class Rearrangement:
         epoch: int = 0,
         staging: Staging | None = None,
         lead: float = 0.05,
+        boundary: int = 0,
     ):
         require(lead >= 0, "`Rearrangement(lead=...)` must be >= 0 seconds", f"lead={lead}", "Use the default.")
         options = Options(timeout=timeout, max_staging_bytes=max_staging_bytes, checksum=checksum, epoch=epoch)
@@ -84,7 +87,7 @@ class Rearrangement:
         self.waited_seconds = 0.0
         self._changed = threading.Condition()
         # All below is guarded by `_changed`.
-        self._boundary = 0
+        self._boundary = boundary
         self._step_seconds = 0.0
         self._last_step = time.monotonic()
         self._waiting = False

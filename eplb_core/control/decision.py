@@ -54,6 +54,21 @@ class Decision(NamedTuple):
     cost_seconds: float | None = None
     placement: np.ndarray | None = None
 
+    def in_words(self) -> str:
+        """Say it in a line, for a log.
+
+        >>> Decision(Reason.NOT_WORTH_IT, 0.8, 0.9, 12, saved_seconds=0.1, cost_seconds=0.5).in_words()
+        'not_worth_it: balancedness 0.800, would be 0.900 after 12 moved experts, saving 0.1 s at a cost of 0.5 s'
+        """
+        text = [self.reason.value + ":" if self.balancedness is not None else self.reason.value]
+        if self.balancedness is not None:
+            text.append(f"balancedness {self.balancedness:.3f}")
+        if self.predicted_balancedness is not None:
+            text[-1] += f", would be {self.predicted_balancedness:.3f} after {self.moved_experts} moved experts"
+        if self.cost_seconds is not None:
+            text[-1] += f", saving {self.saved_seconds:.3g} s at a cost of {self.cost_seconds:.3g} s"
+        return " ".join(text)
+
 
 class Comparison(NamedTuple):
     """Two placements under one load, layer by layer.
