@@ -1,8 +1,7 @@
-"""Our policies in SGLang's released planner, metadata, elastic state and plugin loader."""
+"""Our policies through SGLang's planner interface, against its released planner, metadata and elastic state."""
 
 import importlib
 import inspect
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +9,13 @@ import pytest
 import torch
 
 from benchmarks import peers
-from benchmarks.released import StandIn, fetch
 from benchmarks.traces import drift
 from eplb_core import EMPTY, EplbError, Topology, balancedness, derive_maps, moved_experts, rebalance, round_robin
 from eplb_torch.integrations import sglang as plug
-from tests.engines import SGLang, entry_point, fetched, recorded
+from tests.engines import SGLang, fetched, recorded
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _released():
     fetched(peers.sglang_deepseek)
 
@@ -118,6 +116,11 @@ def test_groups_stay_on_nodes_where_the_algorithm_says_so():
 def test_groups_that_cannot_stay_on_nodes_are_refused():
     with pytest.raises(EplbError, match="num_groups=3, num_nodes=2"):
         planner()(recorded(2, 12), 16, 4, 3, 2, algorithm("deepseek_hierarchical"))
+
+
+def test_slots_that_do_not_split_over_the_ranks_are_refused():
+    with pytest.raises(EplbError, match=r"num_physical_experts=14, num_local_physical_experts=4\. .* by 2"):
+        planner()(recorded(2, 12), 14, 4, None, 1, algorithm("deepseek"))
 
 
 def test_risk_looks_at_the_steps():
@@ -243,83 +246,6 @@ def test_at_startup_sglang_plans_from_recorded_counts():
         made = engine.location.compute_initial_expert_location_metadata(engine.config, moe_ep_rank=0)
     assert made.logical_to_all_physical_map_num_valid[0, 11] == 4
     assert (made.logical_to_all_physical_map_num_valid >= 1).all()
-
-
-def test_installing_replaces_the_planner_and_can_be_undone():
-    with peers.sglang_installed():
-        algorithms = importlib.import_module("sglang.srt.eplb.eplb_algorithms")
-        theirs = algorithms.rebalance_experts
-        first = plug.install(max_moves=4)
-        ours = algorithms.rebalance_experts
-        assert ours is not theirs
-        again = plug.install(max_moves=4)
-        assert algorithms.rebalance_experts is ours, "twice is the same as once"
-        with plug.install("greedy"):
-            assert algorithms.rebalance_experts is not ours
-        assert algorithms.rebalance_experts is ours
-        first.close()
-        assert algorithms.rebalance_experts is theirs
-        again.close()
-        assert algorithms.rebalance_experts is theirs
-
-
-def test_a_release_that_imports_the_planner_by_name_is_served_as_well():
-    with peers.sglang_installed():
-        algorithms = importlib.import_module("sglang.srt.eplb.eplb_algorithms")
-        theirs = algorithms.rebalance_experts
-        location = StandIn("sglang.srt.eplb.expert_location", rebalance_experts=theirs)
-        sys.modules[location.__name__] = location
-        with plug.install():
-            assert location.rebalance_experts is algorithms.rebalance_experts is not theirs
-        assert location.rebalance_experts is theirs
-
-
-@pytest.mark.parametrize("version", ["0.5.22", "0.5.24", "0.5.23.post1"])
-def test_other_releases_are_refused_unless_forced(version):
-    with peers.sglang_installed(version=version):
-        with pytest.raises(EplbError, match=f"tested with sglang 0.5.23; got sglang {version}.*force=True"):
-            plug.install()
-        plug.install(force=True).close()
-
-
-def test_a_changed_planner_is_refused_even_if_forced():
-    def changed(tokens_per_expert, num_ranks): ...
-
-    module = StandIn("sglang.srt.eplb.eplb_algorithms", rebalance_experts=changed)
-    with peers.sglang_installed({module.__name__: module}):
-        with pytest.raises(
-            EplbError, match=r"must take \['tokens_per_expert', 'num_phys.*got \['tokens_per_expert', 'num_ranks'\]"
-        ):
-            plug.install(force=True)
-        assert module.rebalance_experts is changed
-
-
-def test_without_sglang_the_error_says_so():
-    if importlib.util.find_spec("sglang") is not None:
-        pytest.skip("SGLang is installed here")
-    with pytest.raises(ModuleNotFoundError, match="sglang"):
-        plug.install()
-
-
-@pytest.mark.parametrize(
-    ("value", "installed"), [(None, False), ("incremental", True), ('{"max_moves": 3}', True), ("oops!", False)]
-)
-def test_sglang_runs_the_plugin_which_obeys_the_environment(value, installed, tmp_path, monkeypatch, caplog):
-    """A plugin that fails is logged by SGLang, which serves on with its own planner."""
-    fetch(peers.SGLANG[0], "sglang/srt/plugins")
-    name = entry_point(tmp_path, "sglang.srt.plugins", "eplb_torch.integrations.sglang:plugin")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv(plug.VARIABLE, raising=False)
-    if value is not None:
-        monkeypatch.setenv(plug.VARIABLE, value)
-    envs = SimpleNamespace(SGLANG_PLUGINS=SimpleNamespace(get=lambda: name), SGLANG_PLATFORM=SimpleNamespace(get=str))
-    environ = StandIn("sglang.srt.environ", envs=envs)
-    with peers.sglang_installed({environ.__name__: environ}, run=["sglang.srt.plugins"]):
-        theirs = importlib.import_module("sglang.srt.eplb.eplb_algorithms").rebalance_experts
-        importlib.import_module("sglang.srt.plugins").load_plugins()
-        now = importlib.import_module("sglang.srt.eplb.eplb_algorithms").rebalance_experts
-    assert (now is not theirs) == installed
-    assert ("Failed to execute general plugin" in caplog.text) == (value == "oops!")
 
 
 def test_on_a_drift_an_order_less_is_moved():

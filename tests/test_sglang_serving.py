@@ -14,7 +14,7 @@ from tests.engines import SGLang, fetched, recorded, same_weights, weights_of
 from tests.multiprocess import run_ranks
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _released():
     fetched(peers.sglang_deepseek)
 

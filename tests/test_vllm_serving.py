@@ -15,7 +15,7 @@ from tests.engines import fetched, same_weights, skewed, tensors, vllm_model, vl
 from tests.multiprocess import run_ranks
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _released():
     fetched(peers.vllm_policy)
 

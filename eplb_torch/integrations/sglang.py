@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ def make_planner(
         options: `tolerance`, `max_moves`, `max_total_moves`, `cross_node_cost`, `risk` of `eplb_core.rebalance`.
 
     Returns:
-        The function; the same one for the same arguments.
+        The function. Called again with the same arguments, the same one.
 
     Raises:
         EplbError: if an option is unknown or out of range.
@@ -86,7 +86,7 @@ def make_planner(
     return _make(policy, placement, ranks, tuple(sorted(options.items())))
 
 
-@cache
+@lru_cache(maxsize=16)
 def _make(policy, placement, ranks, fixed: tuple[tuple[str, Any], ...]) -> Callable[..., Maps]:
     options = {"policy": policy, **dict(fixed)}
 
@@ -106,7 +106,13 @@ def _make(policy, placement, ranks, fixed: tuple[tuple[str, Any], ...]) -> Calla
         Raises:
             EplbError: if the slots do not split over the ranks, or those of the live ranks do not hold all experts.
         """
-        num_ranks = num_physical_experts // num_local_physical_experts
+        num_ranks, rest = divmod(num_physical_experts, num_local_physical_experts)
+        require(
+            rest == 0,
+            "SGLang's physical experts must split evenly over the ranks",
+            f"num_physical_experts={num_physical_experts}, num_local_physical_experts={num_local_physical_experts}",
+            f"Change --ep-num-redundant-experts by {-num_physical_experts % num_local_physical_experts}.",
+        )
         load = tokens_per_expert if options.get("risk") else _summed(tokens_per_expert)
         alive = ranks(num_ranks) if algorithm.name.startswith("elasticity_aware") else np.ones(num_ranks, dtype=bool)
         grouped = algorithm.name.endswith("hierarchical")

@@ -9,7 +9,7 @@ import importlib
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import cache
+from functools import lru_cache
 from types import MappingProxyType, new_class
 from typing import Any
 
@@ -95,7 +95,7 @@ def make_policy(policy: str = "incremental", *, base: type = object, **options: 
     return _make(policy, base, tuple(sorted(options.items())))
 
 
-@cache
+@lru_cache(maxsize=16)
 def _make(policy: str, base: type, options: tuple[tuple[str, Any], ...]) -> type:
     fixed = {"options": MappingProxyType({"policy": policy, **dict(options)}), "__module__": __name__}
     return new_class(f"Eplb{policy.title()}Policy", (_Policy, base), {}, lambda namespace: namespace.update(fixed))
