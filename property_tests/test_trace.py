@@ -8,6 +8,7 @@ import tracemalloc
 import warnings
 import zipfile
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from eplb_core.trace import (
 )
 
 LIMIT = 2**22
+NEEDS = {"sglang-pt": "torch", "tensorrt-llm": "yaml", "pt": "torch", "yaml": "yaml"}
 SUFFIX = {"sglang": "json", "sglang-pt": "pt", "tensorrt-llm": "yaml", "vllm-ascend": "json"}
 json_values = st.recursive(
     st.none()
@@ -56,6 +58,7 @@ def file(suffix, content=None):
 
 
 def path_of(format):
+    need(format)
     return file(SUFFIX.get(format, format))
 
 
@@ -210,8 +213,16 @@ def read(path):
     return results
 
 
-def written(format, kind):
+def need(format):
+    """Skip where the extra that a format needs is not installed."""
+    if format in NEEDS:
+        pytest.importorskip(NEEDS[format])
+
+
+@cache
+def valid(format, kind):
     """The bytes of a valid file."""
+    need(format)
     rng = np.random.default_rng(len(format))
     with path_of(format) as path:
         if kind == "trace":
@@ -230,15 +241,13 @@ FILES = [
     *((format, "placement") for format in PLACEMENT_FORMATS),
     ("npz", "plan"),
 ]
-VALID = {(format, kind): written(format, kind) for format, kind in FILES}
-READER = {"trace": read_trace, "placement": read_placement, "plan": read_plan}
 
 
 @pytest.mark.parametrize(("format", "kind"), FILES)
 @given(data=st.data())
 def test_a_truncated_file_is_refused(format, kind, data):
     """Only a CSV cannot tell that it was cut, if that is at the end of a number."""
-    content = VALID[format, kind]
+    content = valid(format, kind)
     length = data.draw(st.integers(0, len(content) - 2))  # the last byte may be a line's end
     with file(SUFFIX.get(format, format), content[:length]) as path:
         found = read(path)
@@ -249,7 +258,7 @@ def test_a_truncated_file_is_refused(format, kind, data):
 @pytest.mark.parametrize(("format", "kind"), FILES)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read(format, kind, data):
-    content = bytearray(VALID[format, kind])
+    content = bytearray(valid(format, kind))
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     with file(SUFFIX.get(format, format), bytes(content)) as path:

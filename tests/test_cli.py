@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from eplb_core.cli import main
-from eplb_core.commands import app
+
+pytest.importorskip("typer")
+from typer.testing import CliRunner  # noqa: E402
+
+from eplb_core.commands import app  # noqa: E402
 
 HEAVY = ("torch", "jax", "matplotlib", "transformers")
 

@@ -122,12 +122,19 @@ def test_what_sglang_starts_from(tmp_path):
     path = tmp_path / "init.json"
     write_placement(path, np.asarray(MAP))
     assert json.loads(path.read_text()) == {"physical_to_logical_map": MAP}  # SGLang passes every key on
-    write_placement(tmp_path / "init.pt", np.asarray(MAP))
-    found = pytest.importorskip("torch").load(tmp_path / "init.pt", weights_only=True)
-    assert list(found) == ["physical_to_logical_map"]
-    assert found["physical_to_logical_map"].tolist() == MAP
     write_trace(path, [[[1, 2]]], {"layer_ids": [2]}, format="sglang")
     assert json.loads(path.read_text()) == {"logical_count": [[[0, 0], [0, 0], [1, 2]]]}
+
+
+def test_what_sglang_starts_from_as_torch_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    write_placement(tmp_path / "init.pt", np.asarray(MAP))
+    found = torch.load(tmp_path / "init.pt", weights_only=True)
+    assert list(found) == ["physical_to_logical_map"]
+    assert found["physical_to_logical_map"].tolist() == MAP
+    write_trace(tmp_path / "count.pt", [[[1, 2]]], {"layer_ids": [2]})
+    found = torch.load(tmp_path / "count.pt", weights_only=True)
+    assert found["logical_count"].tolist() == [[[0, 0], [0, 0], [1, 2]]]
 
 
 @pytest.mark.parametrize(
