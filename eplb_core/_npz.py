@@ -83,11 +83,11 @@ def write_npz(path: PathLike, /, **arrays: Any) -> None:
                 np.lib.format.write_array(stream, np.asarray(array), allow_pickle=False)
 
 
-def _read_array(stream: IO[bytes], num_bytes: int) -> np.ndarray:
+def _read_array(stream: Any, num_bytes: int) -> np.ndarray:
     """The array in a stream that holds `num_bytes`, its header included."""
-    version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
+    version = np.lib.format.read_magic(stream)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, column_major, dtype = read_header(stream)  # type: ignore[arg-type]
+    shape, column_major, dtype = read_header(stream)
     if dtype.kind not in _KINDS or dtype.hasobject:
         raise ValueError(f"an array of {dtype}, where numbers or text are expected")
     data_bytes = math.prod(shape) * dtype.itemsize
