@@ -3,17 +3,28 @@
 import io
 import json
 import pickle
+import re
 import struct
+import subprocess
 import sys
 import tracemalloc
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from eplb_core import EplbError, Topology
-from eplb_core.trace import iter_windows, read_placement, read_trace, write_placement, write_trace
+from eplb_core.trace import (
+    iter_windows,
+    read_metadata,
+    read_placement,
+    read_plan,
+    read_trace,
+    write_placement,
+    write_trace,
+)
 
 MAP = [[0, 1, 2, 3, 1, 0], [3, 2, 1, 0, 2, 2]]
 
@@ -38,6 +49,15 @@ def record(number, rank, counts, **more):
         "forward_mode": 1,
     }
     return common | {"global_physical_count": tensor(counts)} | more
+
+
+def test_the_snippet_of_the_documentation_prints_what_it_says(tmp_path):
+    pytest.importorskip("yaml")
+    text = (Path(__file__).parents[1] / "docs" / "traces.md").read_text(encoding="utf-8")
+    ((code, output),) = re.findall(r"```python\n(.*?)```\n```\n(.*?)```", text, re.DOTALL)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == output
 
 
 # SGLang
@@ -399,6 +419,90 @@ def test_large_arrays_are_streamed_in_little_memory(suffix, tmp_path):
     assert count == 64
     assert peak < 2**22
     assert sum(1 for _ in iter_windows(copy)) == 64
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_checksums_are_compared(save, tmp_path):
+    """A bit of a count is flipped where the archive stores it; packed, the damage is wherever it is."""
+    save(tmp_path / "x.npz", load=np.arange(3000).reshape(10, 3, 100) * 7919 % 10007)
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.npz").write_bytes(content)
+    for reader in (read_trace, lambda path: list(iter_windows(path))):
+        with pytest.raises(EplbError, match="cannot be read"):
+            reader(tmp_path / "x.npz")
+
+
+def test_metadata_of_a_large_trace_is_read_alone_and_within_its_limit(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, load=np.ones((99, 10, 100)), labels=np.asarray(["a"]), meta=json.dumps({"labels": ["b"], "n": 1}))
+    assert read_metadata(path, limit_bytes=2**12) == {"labels": ["b"], "n": 1}
+    np.savez(path, load=np.ones((1, 1, 1)), labels=np.asarray(["a" * 2000]))
+    with pytest.raises(EplbError, match="metadata of at most 4096 bytes"):
+        read_metadata(path, limit_bytes=2**12)
+
+
+def test_a_snapshot_is_a_placement_and_no_trace(tmp_path):
+    np.savez(tmp_path / "x.npz", load=np.ones((1, 4)), physical_to_logical=np.arange(4)[None])
+    assert read_placement(tmp_path / "x.npz").physical_to_logical.tolist() == [[0, 1, 2, 3]]
+    for reader in (read_trace, lambda path: list(iter_windows(path))):
+        with pytest.raises(EplbError, match="A placement is not a trace"):
+            reader(tmp_path / "x.npz")
+
+
+def test_placements_that_a_format_cannot_express_are_refused(tmp_path):
+    for name, format, ids, options, message in (
+        ("x.json", "vllm-ascend", [[0, 1]], {}, "must get the topology"),
+        ("x.npz", None, [[0, 1]], {}, "must get the topology"),
+        ("x.npz", None, [[0, 1]], {"topology": Topology(3, 1)}, "as many slots as the placement"),
+        ("x.json", None, [[0, -1]], {}, "an expert for every slot"),
+        ("x.yaml", None, [[0, -1]], {}, "an expert for every slot"),
+        ("x.pt", None, [[0, -1]], {}, "an expert for every slot"),
+        ("x.json", "vllm-ascend", [[0, -1]], {"topology": Topology(2, 1)}, "an expert for every slot"),
+        ("x.yaml", None, [[0, 1]], {"layer_ids": [0, 1]}, "number each layer"),
+        ("x.json", None, [[0, 1]], {"layer_ids": [10_000]}, "number each layer"),
+        ("x.csv", None, [[0, 1]], {}, "must be one of"),
+        ("x.txt", None, [[0, 1]], {}, "the file's ending does not tell it"),
+        ("x.npy", None, [[0.5, 1]], {}, "expert ids"),
+    ):
+        with pytest.raises(EplbError, match=message):
+            write_placement(tmp_path / name, np.asarray(ids), format=format, **options)
+        assert not list(tmp_path.iterdir())
+
+
+def test_traces_that_cannot_be_written_leave_nothing_behind(tmp_path):
+    for load, metadata, message in (
+        ([[[1]], [[1, 2]]], None, "cannot be read|same shape"),
+        (iter([[[1]], [[1, 2]]]), None, "windows `.layers, experts.` of one shape"),
+        (iter([]), None, "at least one window"),
+        (iter([[1, 2]]), None, "must hold a load"),
+        ([[1]], {"x": float("nan")}, "dict of JSON values"),
+        ([[1]], {"x": (1, 2)}, "dict of JSON values"),
+        ([[1]], {1: 2}, "dict of JSON values"),
+        ([[1]], {"layer_ids": [1, 2]}, "number each layer"),
+        ([[1]], {"layer_ids": "1"}, "number each layer"),
+        ([[-1]], None, "negative"),
+    ):
+        with pytest.raises(EplbError, match=message):
+            write_trace(tmp_path / "x.npz", load, metadata)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_move_plan_must_have_the_form_of_one(tmp_path):
+    ids, meta = np.asarray([[0, 1]]), json.dumps({"ep_size": 2, "slots_per_rank": 1, "num_nodes": 1})
+    good = {"old": ids, "new": ids, "source_slot": ids, "meta": meta}
+    for change, message in (
+        ({"meta": "{}"}, "ep_size"),
+        ({"meta": json.dumps({"ep_size": 3, "slots_per_rank": 1, "num_nodes": 1})}, r"arrays \[layers, 3\]"),
+        ({"new": ids[:, :1]}, r"arrays \[layers, 2\]"),
+        ({"relay_slot": ids[:, :1]}, r"arrays \[layers, 2\]"),
+        ({"source_slot": ids * 0.5}, "expert ids"),
+        ({"schedule": np.zeros((6, 1), np.int32)}, "7 columns"),
+        ({"schedule": np.zeros((7, 1))}, "7 columns"),
+    ):
+        np.savez(tmp_path / "x.npz", **(good | change))
+        with pytest.raises(EplbError, match=message):
+            read_plan(tmp_path / "x.npz")
 
 
 def test_nested_lists(tmp_path):
