@@ -93,8 +93,9 @@ def _enable(advice: Advice, chosen: Candidate) -> str:
     sent = replay.bytes_moved / len(replay.balancedness)
     return (
         f"Enable it: policy {configuration.policy_name}, {chosen.num_redundant} redundant experts, a plan {cadence}. "
-        f"It saves {_percent(chosen.gain)} of the time of the expert layers, moves included, for "
-        f"{in_units(sent)} of traffic per window and {in_units(chosen.extra_bytes_per_rank)} of memory per rank."
+        f"It saves {_percent(chosen.gain)} of the time that the expert layers take without a load balancer, moves "
+        f"included, for {in_units(sent)} of traffic per window and {in_units(chosen.extra_bytes_per_rank)} of memory "
+        "per rank."
     )
 
 

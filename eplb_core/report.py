@@ -21,12 +21,12 @@ from eplb_core.units import in_units
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { line-height: 1.2 }
+h1 { line-height: 1.2; overflow-wrap: anywhere }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
 .advice { border-left: .4rem solid #0072B2; background: #f3f7fa; padding: .8rem 1rem }
 .advice.no { border-color: #D55E00; background: #fdf5ef }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+table { font-size: .95rem; border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee }
 th:first-child, td:first-child { text-align: left }
 figure { margin: 1.5rem 0 }
@@ -60,12 +60,12 @@ def report(
         HTML, with pictures inside; no scripts, and nothing is loaded from elsewhere. The same input gives the same
         text but for planning times.
     """
-    configuration = replays[0].configuration
+    topology = replays[0].configuration.topology
+    nodes = f" on {topology.num_nodes} nodes" if topology.num_nodes > 1 else ""
+    slots = f"{topology.slots_per_rank} slots each, {topology.num_slots - load.shape[2]} redundant experts"
     sizes = {
         "Trace": f"{load.shape[0]} windows, {load.shape[1]} layers, {load.shape[2]} experts",
-        "Ranks": f"{configuration.topology.ep_size} on {configuration.topology.num_nodes} nodes, "
-        f"{configuration.topology.slots_per_rank} slots each "
-        f"({configuration.topology.num_slots - load.shape[2]} redundant experts)",
+        "Ranks": f"{topology.ep_size}{nodes}, {slots}",
     }
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -94,7 +94,8 @@ WORDS = {
     "windows, each window under the placement that was made before it.",
     "Bound": "Balancedness that no placement in these slots could exceed.",
     "Experts moved": "(Layer, rank, expert) that a rank had to receive.",
-    "Path": "The critical path: time of the busiest rank of each layer, added up, and of the moves unless they are overlapped.",
+    "Path": "The critical path: the time of the busiest rank of each layer, added up, and that of the moves unless "
+    "they are overlapped.",
     "Gain": "Share of the critical path of the first row that is saved. The interval is a block bootstrap's over "
     "windows, at 95 %. Where expert layers are half of a step, half of the gain arrives.",
     "Static": "The round-robin placement, never changed.",
@@ -107,16 +108,7 @@ def _advice(advice: Advice) -> str:
 
 
 def _results(load: Any, replays: Sequence[Replay]) -> str:
-    heads = (
-        "",
-        "balancedness",
-        "experts moved",
-        "bytes moved",
-        "moves, s",
-        "critical path, s",
-        "gain",
-        "95 % interval",
-    )
+    heads = ("", "balancedness", "experts moved", "moved", "moves, s", "path, s", "gain", "95 % interval")
     rows = []
     for index, replay in enumerate(replays):
         saved = gain(replay, replays[0])
