@@ -143,6 +143,32 @@ def test_idle_ranks_serve_the_others_and_count_nothing():
 
 
 @torch.no_grad()
+def take_after_every_token(rank):
+    model = tiny_model("mixtral")
+    module = model.get_submodule("model.layers.0.mlp.experts")
+    rows = []
+    module.act_fn.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    experts = expert_parallel(model, Topology(2, 4), np.tile([0, 1, 2, 3, 0, 1, 4, 5], (3, 1)))
+    tokens = 1 - rank
+    hidden, ids, weights = torch.ones(tokens, 32), torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
+    taken, addresses = [], set()
+    for _ in range(6):
+        module(hidden, ids, weights)
+        load = experts.take_load()
+        addresses.add(load.data_ptr())
+        taken.append(int(load.sum()))
+    assert len(addresses) == 1
+    assert int(experts.load().sum()) == sum(taken)
+    experts.reset_load()
+    assert not experts.take_load().any()
+    return taken, sum(rows)
+
+
+def test_load_is_taken_step_by_step_while_copies_go_on_taking_turns():
+    assert run_ranks(take_after_every_token, 2) == [([1] * 6, 3), ([0] * 6, 3)]
+
+
+@torch.no_grad()
 def empty_batches(rank):
     model = tiny_model("mixtral")
     module = model.get_submodule("model.layers.0.mlp.experts")

@@ -15,6 +15,9 @@ attention and the arithmetic of an expert stay the model's own; only the place w
     plan = plan_moves(experts.placement, new, topology)
     rearrange(experts.weights, plan, topology, ProcessGroupTransport(), timeout=60)
     experts.commit(new)
+
+Or let an `ExpertBalancer(experts, ...)` do that while the model serves: `balancer.step(experts.take_load())` after
+each forward.
 """
 
 import hashlib
@@ -62,6 +65,7 @@ class ExpertParallelModel:
         self.weights, self.maps = weights, maps
         self._placement = physical_to_logical.astype(np.int32)
         self._load = torch.zeros_like(maps.replica_count, dtype=torch.int64)
+        self._taken, self._new = torch.zeros_like(self._load), torch.zeros_like(self._load)
         self._is_idle = False
 
     @property
@@ -81,9 +85,23 @@ class ExpertParallelModel:
         """
         return self._load.clone()
 
+    def take_load(self) -> Int[Tensor, "layers logical"]:
+        """Hand out the tokens since the last call, in a tensor that is reused: the next call overwrites it.
+
+        For `ExpertBalancer.step` after every forward. `load` goes on counting beside it.
+
+        Returns:
+            `[layers, logical]` int64, of this rank.
+        """
+        torch.sub(self._load, self._taken, out=self._new)
+        # Not a reset: copies of an expert take turns by what was counted, also where a forward has few tokens.
+        self._taken.copy_(self._load)
+        return self._new
+
     def reset_load(self) -> None:
-        """Count from zero again."""
+        """Count from zero again, also for `take_load`."""
         self._load.zero_()
+        self._taken.zero_()
 
     def commit(self, physical_to_logical: Int[Any, "*layers slots"], *, layer: int | None = None) -> None:
         """Route by a new placement from the next forward on: all layers, or one `layer` given `[slots]`.
