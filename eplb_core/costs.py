@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int, Real
 
 from eplb_core._checks import require
-from eplb_core.moves import plan_moves
+from eplb_core.moves import MovePlan, plan_moves
 from eplb_core.rounds import Schedule, schedule_rounds
 from eplb_core.topology import Topology
 
@@ -113,7 +113,12 @@ class Migration(NamedTuple):
 
 
 def migration_cost(
-    old: Int[Any, "layers slots"], new: Int[Any, "layers slots"], topology: Topology, costs: Costs
+    old: Int[Any, "layers slots"],
+    new: Int[Any, "layers slots"],
+    topology: Topology,
+    costs: Costs,
+    *,
+    plan: MovePlan | None = None,
 ) -> Migration:
     """Price the moves of `plan_moves` in the rounds of `schedule_rounds`, all layers together.
 
@@ -127,6 +132,7 @@ def migration_cost(
         new: `[layers, slots]` the placement to come.
         topology: sizes of both.
         costs: bytes per expert, and links.
+        plan: from `plan_moves`, where it is known already.
 
     Returns:
         `Migration`.
@@ -140,7 +146,7 @@ def migration_cost(
     >>> migration_cost(np.asarray([[0, 1, 2, 3]]), np.asarray([[0, 2, 2, 3]]), Topology(2, 2, 2), costs).seconds
     6.25
     """
-    schedule = schedule_rounds(plan_moves(old, new, topology), topology)
+    schedule = schedule_rounds(plan_moves(old, new, topology) if plan is None else plan, topology)
     sent = transfer_matrix(schedule, topology)
     node = np.arange(topology.ep_size) // topology.ranks_per_node
     crossing = np.where(node[:, None] != node, sent, 0)

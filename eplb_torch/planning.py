@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from eplb_core import MovePlan, Topology, plan_moves
+from eplb_core import MovePlan, Topology
 from eplb_core._checks import require
-from eplb_core.control import ControlConfig, ControlState, Decision, Reason, decide, measure, observe
+from eplb_core.control import ControlConfig, ControlState, Decision, decide, measure, observe
 from eplb_core.maps import count_replicas
 from eplb_core.metrics import received_experts
 from eplb_torch.transport import Transport, TransportError
@@ -137,11 +137,7 @@ def _plan(config: ControlConfig, state: ControlState, names: list[str], heard: l
     start = time.perf_counter()
     state = observe(config, state, loads, steps=0)
     decisions = decide(config, state)
-    plans = {
-        name: plan_moves(state.models[name].placement, decision.placement, config.models[name].topology)
-        for name, decision in decisions.items()
-        if decision.reason is Reason.REBALANCE
-    }
+    plans = {name: decision.plan for name, decision in decisions.items() if decision.plan is not None}
     received = {}
     for name, plan in plans.items():
         within, across = received_experts(plan, config.models[name].topology)

@@ -11,7 +11,8 @@ from eplb_core.control.config import ControlConfig, ModelConfig
 from eplb_core.control.state import ControlState, ModelState, frozen
 from eplb_core.costs import Costs, migration_cost
 from eplb_core.maps import count_replicas
-from eplb_core.metrics import moved_experts, rank_load
+from eplb_core.metrics import model_balancedness, moved_experts, rank_load
+from eplb_core.moves import MovePlan, plan_moves
 from eplb_core.topology import Topology
 
 
@@ -42,6 +43,7 @@ class Decision(NamedTuple):
     saved_seconds: time that serving would save over the horizon.
     cost_seconds: time that moving would take from serving.
     placement: int32 `[layers, slots]` to move to; None unless `reason` is `REBALANCE`.
+    plan: the moves that lead there; None likewise. Experts without any copy have `EMPTY` sources: reload them.
     """
 
     reason: Reason
@@ -53,6 +55,7 @@ class Decision(NamedTuple):
     saved_seconds: float | None = None
     cost_seconds: float | None = None
     placement: np.ndarray | None = None
+    plan: MovePlan | None = None
 
     def in_words(self) -> str:
         """Say it in a line, for a log.
@@ -153,7 +156,7 @@ def acts(config: ControlConfig, state: ModelState, balancedness: float) -> bool:
 
 def _decide_model(config: ControlConfig, model: ModelConfig, state: ModelState) -> Decision:
     load = np.asarray(model.estimator.estimate(state.load))
-    held = float(compare(state.placement, state.placement, load, model.topology).balancedness()[0])
+    held = float(model_balancedness(state.placement, load, model.topology))
     balanced = Decision(Reason.BALANCED, balancedness=held)
     lost = bool((count_replicas(state.placement, model.num_logical) == 0).any())
     if not lost and not acts(config, state, held):
@@ -161,22 +164,39 @@ def _decide_model(config: ControlConfig, model: ModelConfig, state: ModelState) 
     target = np.asarray(model.planner(load, model.topology, previous=state.placement), dtype=np.int32)
     if np.array_equal(target, state.placement):
         return balanced
-    if not lost:
-        target = _worthwhile(config, model, state, load, target)
-    decision = _priced(config, model, state, load, target)
-    if lost or _pays(config, decision, compare(state.placement, target, load, model.topology)):
-        return decision._replace(reason=Reason.REBALANCE, placement=frozen(target))
-    return decision
+    decision, both = _weigh(config, model, state, load, target, allow_lost=lost)
+    if not lost and decision.cost_seconds is not None:
+        saved = _saved_seconds(config, model, state, both)
+        keep = worth_their_share(saved, both.moved, decision.cost_seconds, config.min_return)
+        worthwhile = np.where(keep[:, None], target, state.placement)
+        if not np.array_equal(worthwhile, target):
+            target = worthwhile
+            decision, both = _weigh(config, model, state, load, target)
+    if lost or _pays(config, decision, both):
+        plan = decision.plan or plan_moves(state.placement, target, model.topology, allow_lost=lost)
+        return decision._replace(reason=Reason.REBALANCE, placement=frozen(target), plan=plan)
+    return decision._replace(plan=None)
 
 
-def _worthwhile(config: ControlConfig, model: ModelConfig, state: ModelState, load, target) -> np.ndarray:
-    """The target in the layers that earn their share of its cost, and the live placement in the others."""
-    if model.costs is None:
-        return target
+def _weigh(
+    config: ControlConfig, model: ModelConfig, state: ModelState, load, target, *, allow_lost: bool = False
+) -> tuple[Decision, Comparison]:
+    """What a target would bring and cost, as a decision against it."""
     both = compare(state.placement, target, load, model.topology)
-    cost = _priced(config, model, state, load, target).cost_seconds or 0.0
-    keep = worth_their_share(_saved_seconds(config, model, state, both), both.moved, cost, config.min_return)
-    return np.where(keep[:, None], target, state.placement)
+    held, predicted = (float(x) for x in both.balancedness())
+    decision = Decision(Reason.NOT_WORTH_IT, held, predicted, int(both.moved.sum()))
+    if model.costs is None:
+        return decision, both
+    plan = plan_moves(state.placement, target, model.topology, allow_lost=allow_lost)
+    migration = migration_cost(state.placement, target, model.topology, model.costs, plan=plan)
+    decision = decision._replace(
+        bytes_moved=migration.bytes_moved,
+        bytes_across_nodes=migration.bytes_across_nodes,
+        saved_seconds=float(_saved_seconds(config, model, state, both).sum()),
+        cost_seconds=0.0 if model.costs.overlapped else migration.seconds * state.slowness,
+        plan=plan,
+    )
+    return decision, both
 
 
 def _pays(config: ControlConfig, decision: Decision, both: Comparison) -> bool:
@@ -186,22 +206,6 @@ def _pays(config: ControlConfig, decision: Decision, both: Comparison) -> bool:
     if decision.saved_seconds is None or decision.cost_seconds is None:
         return True
     return decision.saved_seconds >= config.min_return * decision.cost_seconds
-
-
-def _priced(config: ControlConfig, model: ModelConfig, state: ModelState, load, target) -> Decision:
-    """What a target would bring and cost, as a decision against it."""
-    both = compare(state.placement, target, load, model.topology)
-    held, predicted = (float(x) for x in both.balancedness())
-    decision = Decision(Reason.NOT_WORTH_IT, held, predicted, int(both.moved.sum()))
-    if model.costs is None:
-        return decision
-    migration = migration_cost(state.placement, target, model.topology, model.costs)
-    return decision._replace(
-        bytes_moved=migration.bytes_moved,
-        bytes_across_nodes=migration.bytes_across_nodes,
-        saved_seconds=float(_saved_seconds(config, model, state, both).sum()),
-        cost_seconds=0.0 if model.costs.overlapped else migration.seconds * state.slowness,
-    )
 
 
 def _saved_seconds(config: ControlConfig, model: ModelConfig, state: ModelState, both: Comparison) -> np.ndarray:
