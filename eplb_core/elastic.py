@@ -13,10 +13,10 @@ from jaxtyping import Int, Real
 from eplb_core import _ops
 from eplb_core._checks import EMPTY, check_ids, check_load, listing, require
 from eplb_core.elastic_plan import ElasticPlan
+from eplb_core.lighten import lighten
 from eplb_core.maps import check_range
 from eplb_core.metrics import moved_experts
 from eplb_core.placement import preserve_slots
-from eplb_core.policies import rebalance
 from eplb_core.rehost import rehost
 from eplb_core.topology import Topology
 
@@ -47,9 +47,9 @@ def lose_ranks(
         dead_ranks: the ep_ranks that are gone.
         slots_per_rank: slots of each rank from now on, where there is memory for more; the present ones come first.
             As many as now by default.
-        max_extra_moves: transfers for balance beyond those that must be made, in all layers together, made by
-            the incremental policy; a tenth of the latter by default.
-        tolerance: a layer whose busiest rank is within this share of a lower bound gets no extra moves.
+        max_extra_moves: transfers for balance beyond those that must be made, in all layers together, spent where
+            they take most off the busiest rank; a tenth of the latter by default.
+        tolerance: a layer whose busiest rank is within this share of the mean gets no extra moves.
 
     Returns:
         `ElasticPlan`, with `group` the survivors, numbered without gaps. It has as many nodes as are left, if each of
@@ -131,9 +131,9 @@ def grow(
             present slots are its first.
         joining_ranks: which ranks of the new group are new; by default its last. The others are the ranks that were
             there, in their order: a rank that comes back can have its old number and node.
-        max_extra_moves: transfers for balance beyond the above, in all layers together, made by the incremental
-            policy; a tenth of them by default.
-        tolerance: a layer whose busiest rank is within this share of a lower bound gets no extra moves.
+        max_extra_moves: transfers for balance beyond the above, in all layers together, spent where they take most
+            off the busiest rank; a tenth of them by default.
+        tolerance: a layer whose busiest rank is within this share of the mean gets no extra moves.
 
     Returns:
         `ElasticPlan`, with `group` the new group.
@@ -158,16 +158,13 @@ def grow(
 
 def _place(kept, load, topology: Topology, fill, max_extra_moves, tolerance: float):
     """`[layers, slots]` of `topology` with what is kept in place, and the experts without a slot."""
-    old = _flat(kept)
-    placed = np.stack([rehost(*layer, fill) for layer in zip(kept, load.astype(float), strict=True)])
-    placed = _flat(placed)
-    missing = np.stack([~np.isin(np.arange(load.shape[1]), row) for row in placed])
-    unhosted = _pairs(np.argwhere(missing))
-    if not unhosted:
-        if max_extra_moves is None:
-            max_extra_moves = int(moved_experts(old, placed, topology).sum() * EXTRA)
-        options = {"hierarchy": "global", "tolerance": tolerance, "max_total_moves": max_extra_moves}
-        placed = rebalance(load, topology, previous=placed, **options)
+    load, old = load.astype(float), _flat(kept)
+    placed = np.stack([rehost(*layer, fill) for layer in zip(kept, load, strict=True)])
+    if max_extra_moves is None:
+        max_extra_moves = int(moved_experts(old, _flat(placed), topology).sum() * EXTRA)
+    placed = _flat(lighten(placed, kept, load, max_moves=max_extra_moves, tolerance=tolerance))
+    hosted = np.stack([np.isin(np.arange(load.shape[1]), row) for row in placed])
+    unhosted = tuple((int(layer), int(expert)) for layer, expert in np.argwhere(~hosted))
     return preserve_slots(placed, old, topology), unhosted
 
 
@@ -192,10 +189,6 @@ def _pad(held, topology: Topology, slots_per_rank: int):
 
 def _flat(by_rank):
     return by_rank.reshape(len(by_rank), -1)
-
-
-def _pairs(index) -> tuple[tuple[int, int], ...]:
-    return tuple((int(layer), int(expert)) for layer, expert in index)
 
 
 def _checked(physical_to_logical, load, topology: Topology, name: str):

@@ -11,7 +11,7 @@ PASSES = 2  # rounds of second thoughts about what a layer receives; more gain l
 _SURE = 1e-9  # relative gain below which two costs are the same, so that rounding cannot make cycles
 
 
-class _Carried(NamedTuple):
+class Carried(NamedTuple):
     """What the ranks of one layer carry. The last expert of each axis stands for `EMPTY`, which is index -1.
 
     count: `[ep_size, logical + 1]` copies on each rank.
@@ -69,14 +69,14 @@ def _hosted(load, present, num_slots: int):
     return np.isin(np.arange(load.shape[0]), chosen)
 
 
-def _carried(held, load) -> _Carried:
+def carried(held, load) -> Carried:
     ranks = np.arange(held.shape[0])[:, None]
     keys = ranks * load.shape[0] + held + np.where(held == EMPTY, load.shape[0], 0)
     count = np.bincount(keys.ravel(), minlength=held.shape[0] * load.shape[0]).reshape(held.shape[0], -1)
     copies = count.sum(axis=0)
     share = load / np.maximum(copies, 1)
     # Plain sums: those of a matrix product differ between machines.
-    return _Carried(count, copies, share, share[held].sum(axis=1))
+    return Carried(count, copies, share, share[held].sum(axis=1))
 
 
 def _choose(rank_load, *ties):
@@ -88,7 +88,7 @@ def _choose(rank_load, *ties):
 
 def _best_slot(held, load, expert: int):
     """The slot in which an expert without a copy is best: a free one, else one of an expert with others. Its cost."""
-    now = _carried(held, load)
+    now = carried(held, load)
     free = held.ravel() == EMPTY
     slot = np.flatnonzero(free if free.any() else now.copies[held.ravel()] > 1)
     rank, out = slot // held.shape[1], held.ravel()[slot]
@@ -101,7 +101,7 @@ def _best_slot(held, load, expert: int):
 
 def _best_expert(held, load, ranks):
     """The expert, and the one of `ranks` with a free slot, for which a further copy is best; and the cost."""
-    now = _carried(held, load)
+    now = carried(held, load)
     open_ = ranks & (held == EMPTY).any(axis=1)
     further = load / (now.copies + 1)
     rank_load = now.rank_load[:, None] - now.count * (now.share - further)
@@ -117,7 +117,7 @@ def _best_expert(held, load, ranks):
 
 
 def _cost(held, load) -> tuple[float, float]:
-    return _choose(_carried(held, load).rank_load[:, None])[1]
+    return _choose(carried(held, load).rank_load[:, None])[1]
 
 
 def _better(new, old) -> bool:
@@ -157,7 +157,7 @@ def _swap_orphan(held, load, slot_of, expert: int) -> None:
         return
     mine, theirs = slot_of[expert] // held.shape[1], np.asarray([slot_of[x] // held.shape[1] for x in others])
     gain = load[others] - load[expert]
-    before = _carried(held, load).rank_load
+    before = carried(held, load).rank_load
     rank_load = np.tile(before[:, None], (1, len(others)))
     rank_load[mine] += gain
     rank_load[theirs, np.arange(len(others))] -= gain

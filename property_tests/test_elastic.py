@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_core import EMPTY, Topology, apply_moves, check_placement, plan_moves, rebalance, verify_plan
+from eplb_core import EMPTY, Topology, apply_moves, check_placement, plan_moves, rank_load, rebalance, verify_plan
 from eplb_core.elastic import grow, lose_ranks, shrink
+from eplb_core.lighten import lighten
 from eplb_core.testing import loads, model_moved, model_rank_load, placements, read_only, topologies
 
 LEAVE = pytest.mark.parametrize("leave", [lose_ranks, shrink])
@@ -97,9 +98,12 @@ def test_only_orphans_take_slots(leave, problem):
 @given(departures(empty=True), st.integers(0, 5))
 def test_extra_moves_are_limited(leave, problem, extra):
     topology, load, held, gone = problem
-    must = leave(held, load, topology, gone, max_extra_moves=0).num_moves
-    assert leave(held, load, topology, gone, max_extra_moves=extra, tolerance=0.0).num_moves <= must + extra
-    assert leave(held, load, topology, gone, tolerance=0.0).num_moves <= int(must * 1.1)
+    least = leave(held, load, topology, gone, max_extra_moves=0)
+    more = leave(held, load, topology, gone, max_extra_moves=extra, tolerance=0.0)
+    assert least.num_moves <= more.num_moves <= least.num_moves + extra
+    assert leave(held, load, topology, gone, tolerance=0.0).num_moves <= int(least.num_moves * 1.1)
+    busiest = [rank_load(plan.placement, load, plan.topology).max(axis=1) for plan in (least, more)]
+    assert (busiest[1] <= busiest[0] * (1 + 1e-6)).all()
 
 
 def all_placements(num_slots: int, num_logical: int):
@@ -319,3 +323,80 @@ def test_no_expert_is_forgotten_over_a_history_of_changes(data):
         held, topology = plan.placement, plan.topology
         check_placement(held, topology, num_logical, allow_lost=not plan.complete)
         assert plan.complete == (num_logical <= topology.num_slots)
+
+
+@st.composite
+def beginnings(draw):
+    """A topology, a load, and a placement of every expert beside one that may hold others."""
+    topology = draw(topologies())
+    num_logical = draw(st.integers(1, topology.num_slots))
+    load = draw(loads(num_logical))
+    shape = (len(load), topology.ep_size, -1)
+    held, home = (draw(placements(topology, num_logical, len(load), empty=empty)) for empty in (False, True))
+    home = draw(st.sampled_from([held, home]))
+    return topology, load, held.reshape(shape), home.reshape(shape)
+
+
+def received(home, placed, topology: Topology) -> int:
+    return sum(
+        len(model_moved(a.ravel().tolist(), b.ravel().tolist(), topology)) for a, b in zip(home, placed, strict=True)
+    )
+
+
+def doubles(placed) -> int:
+    ranks = [[e for e in rank if e != EMPTY] for rank in placed.reshape(-1, placed.shape[2]).tolist()]
+    return sum(len(rank) - len(set(rank)) for rank in ranks)
+
+
+@given(beginnings(), st.integers(0, 6))
+def test_lighten_spends_no_more_than_allowed_and_never_burdens_the_busiest(problem, max_moves):
+    topology, load, held, home = problem
+    placed = lighten(held, home, load.astype(float), max_moves=max_moves, tolerance=0.0)
+    check_placement(placed.reshape(len(load), -1), topology, load.shape[1])
+    assert received(home, placed, topology) <= received(home, held, topology) + max_moves
+    assert doubles(placed) <= doubles(held)
+    for tokens, before, after in zip(load.tolist(), held, placed, strict=True):
+        old, new = (max(model_rank_load(x.ravel().tolist(), tokens, topology)) for x in (before, after))
+        assert new < old or before.tolist() == after.tolist()
+
+
+@given(beginnings())
+def test_lighten_leaves_no_free_change_of_the_busiest_rank_that_helps(problem):
+    """By brute force over its swaps with other ranks and further copies of its experts."""
+    topology, load, held, home = problem
+    placed = lighten(held, home, load.astype(float), max_moves=0, tolerance=0.0)
+    cost = received(home, placed, topology)
+    for layer, tokens in enumerate(load.tolist()):
+        row = placed[layer].ravel().tolist()
+        ranks = model_rank_load(row, tokens, topology)
+        for other in single_changes(row, ranks.index(max(ranks)), topology.slots_per_rank):
+            rows = placed.reshape(len(load), -1).copy()
+            rows[layer] = other
+            if received(home, rows.reshape(placed.shape), topology) <= cost:
+                assert max(model_rank_load(other, tokens, topology)) >= max(ranks) * (1 - 1e-6)
+
+
+def single_changes(row: list[int], rank: int, depth: int):
+    """Swaps of what a rank holds, and copies of it elsewhere, that put no expert on a rank which holds it already."""
+
+    def lacks(slot: int, expert: int) -> bool:
+        first = slot // depth * depth
+        return expert == EMPTY or expert not in row[first : first + depth]
+
+    for a, b in product(range(rank * depth, rank * depth + depth), range(len(row))):
+        if row[a] != EMPTY and lacks(b, row[a]):
+            if lacks(a, row[b]):
+                swapped = list(row)
+                swapped[a], swapped[b] = row[b], row[a]
+                yield swapped
+            if row[b] == EMPTY or row.count(row[b]) > 1:
+                yield [*row[:b], row[a], *row[b + 1 :]]
+
+
+@given(beginnings(), st.sampled_from([0.0, 0.3, 2.0]))
+def test_lighten_leaves_layers_within_tolerance_alone(problem, tolerance):
+    topology, load, held, home = problem
+    placed = lighten(held, home, load.astype(float), max_moves=50, tolerance=tolerance)
+    ranks = rank_load(held.reshape(len(load), -1), load, topology)
+    within = ranks.max(axis=1) <= ranks.mean(axis=1) * (1 + tolerance) * (1 - 1e-9)
+    assert placed[within].tolist() == held[within].tolist()
