@@ -13,6 +13,7 @@ from torch import Tensor
 from eplb_core import control
 from eplb_core._checks import require
 from eplb_core.control import ControlState, Decision, ModelConfig
+from eplb_core.snapshot import Snapshot
 from eplb_torch.balancedness_log import BalancednessLog
 from eplb_torch.balancer_config import BalancerConfig
 from eplb_torch.live_model import ServedModel
@@ -162,6 +163,30 @@ class ExpertBalancer:
             self._give_up(error)
             raise
         self._abandon_targets()
+
+    def snapshot(self, name: str = "main") -> Snapshot:
+        """Tell what a restart must not forget of a model, for `eplb_core.snapshot.save_snapshot`.
+
+        Equal on all ranks; one of them may save it. Load that has not yet led to a decision is not in it.
+        """
+        model, state = self.models[name], self._state.models[name]
+        return Snapshot(state.placement, model.topology, model.num_logical, state.epoch, state.load)
+
+    def restore(self, snapshot: Snapshot, name: str = "main") -> None:
+        """Go on where a former run has ended. Every rank calls it before the first step, with the same snapshot.
+
+        The model must have been loaded with the placement of the snapshot.
+
+        Raises:
+            EplbError: if it was not, the balancer has other windows than the former one, or something has moved.
+        """
+        require(
+            np.array_equal(snapshot.physical_to_logical, self._state.models[name].placement),
+            "`ExpertBalancer.restore(snapshot=...)` must hold the placement that the model was loaded with",
+            f"another one for {name!r}",
+            "Build the model with snapshot.physical_to_logical.",
+        )
+        self._state = control.restore(self._control, self._state, name, snapshot.load, epoch=snapshot.epoch)
 
     def close(self) -> None:
         """Drain, and end the threads. Every rank calls it at the same boundary."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from eplb_core import EplbError, Topology, model_balancedness, round_robin
 from eplb_core.control import Reason
 from eplb_core.costs import Links
+from eplb_core.snapshot import load_snapshot, save_snapshot
 from eplb_torch import ExpertWeights, InProcessWorld, ProcessGroupTransport, RearrangeError, TransportError
 from eplb_torch.balancer import ExpertBalancer
 from eplb_torch.balancer_config import BalancerConfig
@@ -454,6 +455,45 @@ def test_figures_reach_the_metrics():
         assert 0 < read("eplb_balancedness_ratio", {"model": "main"}) <= 1
 
     on_threads(run)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".json"])
+def test_a_restart_goes_on_with_the_placement_and_the_load(tmp_path, suffix):
+    config = FAST | {"use_async": False, "window_size": 20}  # three windows
+
+    def run(transport, first, steps, path, model=None):
+        rank = transport.rank
+        model = live_model(rank) if model is None else model(rank)
+        balancer = ExpertBalancer(model, transport, config)
+        if first > 1:
+            balancer.restore(load_snapshot(path))
+        serve(balancer, rank, steps, first=first)
+        if rank == 0:
+            save_snapshot(path.with_suffix(suffix), balancer.snapshot())
+        return model.placement.tolist(), balancer.state.models["main"].load, balancer.snapshot().epoch
+
+    path = tmp_path / f"before{suffix}"
+    (_, _, epoch), *_ = on_threads(lambda transport: run(transport, 1, 20, path))
+    saved = load_snapshot(path, TOPOLOGY)
+
+    def loaded(rank):
+        weights = ExpertWeights(expert_layers(saved.physical_to_logical, TOPOLOGY, rank))
+        maps = DeviceMaps(saved.physical_to_logical, LOGICAL)
+        return LiveModel(weights, maps, TOPOLOGY, saved.physical_to_logical)
+
+    (placement, load, later_epoch), *_ = on_threads(lambda transport: run(transport, 201, 3, path, loaded))
+    assert epoch >= 1
+    assert later_epoch >= epoch
+    assert load.seen == 3  # one window of the second run; two of the first, under the other traffic
+    total = sum(skewed(rank, 1) for rank in range(3)).numpy() * 8
+    np.testing.assert_array_equal(load.rows[1], total)
+
+    balancer = ExpertBalancer(live_model(0), InProcessWorld(3).transport(0), config)
+    with pytest.raises(EplbError, match="that the model was loaded with"):
+        balancer.restore(saved)
+    balancer = ExpertBalancer(loaded(0), InProcessWorld(3).transport(0), config | {"window_size": 8})
+    with pytest.raises(EplbError, match="load"):
+        balancer.restore(saved)
 
 
 def on_gloo(rank: int):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Real
 
+from eplb_core import _tree
 from eplb_core._checks import EplbError, listing, require
 from eplb_core.control.config import ControlConfig, ModelConfig, check_range
 from eplb_core.control.decision import Decision, Reason, acts, compare, decide, due
@@ -54,6 +55,7 @@ __all__ = (
     "measure",
     "observe",
     "placement_at",
+    "restore",
 )
 
 _MEMORY = 0.5  # weight of what was believed of the slowness of moves
@@ -205,6 +207,34 @@ def measure(config: ControlConfig, state: ControlState, name: str, seconds: floa
         return state
     factor = _MEMORY + (1 - _MEMORY) * seconds / before.expected_seconds
     after = before._replace(slowness=before.slowness * factor, expected_seconds=None)
+    return state._replace(models={**state.models, name: after})
+
+
+def restore(config: ControlConfig, state: ControlState, name: str, load: Any, *, epoch: int = 0) -> ControlState:
+    """Go on with the load that a former run has seen, such as that of a `Snapshot`.
+
+    The model must have been loaded with the placement of that time, which `init` was given. Counts tagged with epochs
+    before this one cannot be observed.
+
+    Args:
+        config: as for `init`.
+        state: before anything was committed.
+        name: of the model.
+        load: a state of the model's estimator; lists may stand for tuples.
+        epoch: of the placement.
+
+    Raises:
+        EplbError: if the load is not of this estimator and these sizes, or layers have moved already.
+    """
+    _check_names("restore(name=...)", (name,), config)
+    before = state.models[name]
+    require(
+        before.epoch == 0 and before.target is None and epoch >= 0,
+        "`restore` must come before the first commit, with an epoch >= 0",
+        f"epoch {before.epoch} of {name!r}, epoch={epoch}",
+        "Call it after init.",
+    )
+    after = before._replace(load=_tree.like(load, before.load, "load"), epoch=epoch)
     return state._replace(models={**state.models, name: after})
 
 
