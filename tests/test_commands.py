@@ -91,6 +91,7 @@ def test_plan_measures_both_placements(folder):
         "moved_experts": moved_experts(old, new, TOPOLOGY).sum(),
     }
     assert found["compared_with"] == "previous"
+    assert (found["load"], found["policy"]) == ("load.npz", "greedy")
     assert (found["ranks"], found["slots_per_rank"], found["nodes"], found["layer_ids"]) == (4, 5, 2, [3, 4, 6])
     assert found["planning_seconds"] > 0
 
@@ -341,6 +342,7 @@ def test_a_trace_larger_than_memory_is_converted_and_planned(folder):
         (["plan", "load.npz", "--ranks", "4", "--previous", "load.npz"], "physical_to_logical"),
         (["plan", "load.npz", "--ranks", "4", "--previous", "other.npz"], "slots"),
         (["plan", "other.npz", "--ranks", "4"], "A placement is not a trace"),
+        (["plan", "misnumbered.npz", "--ranks", "4"], "must number each layer"),
         (["plan", "broken.npz", "--ranks", "4"], "`broken.npz` cannot be read"),
         (["verify"], "Missing argument 'FILE...'"),
         (["verify", "load.npz"], "physical_to_logical"),
@@ -363,6 +365,7 @@ def test_requests_that_cannot_be_met_exit_with_2_and_say_why(args, message, fold
     write_placement("other.npy", np.asarray([[0, 1, 2, 3]]))
     (folder / "broken.npz").write_bytes((folder / "load.npz").read_bytes()[:-40])
     (folder / "broken.json").write_text("[[")
+    np.savez("misnumbered.npz", load=LOAD, layer_ids=np.arange(9))
     done = eplb(*args)
     assert done.exit_code == 2
     assert message in done.stderr

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks import traces
 from eplb_core import EplbError, Topology
 from eplb_core.trace import (
     iter_windows,
@@ -393,6 +394,38 @@ def test_an_npz_of_others_may_have_labels_beside_its_load(tmp_path):
     trace = read_trace(tmp_path / "x.npz")
     assert trace.load.tolist() == [[[1] * 3]] * 2
     assert trace.metadata == {"model": "m", "labels": ["a", "b"], "layer_ids": [1]}
+
+
+def test_fractions_are_rounded_half_to_even_up_to_one_percent_of_a_window(tmp_path):
+    path = tmp_path / "x.npy"
+    for load, rounded in (([0.5, 1.5, 2.5, 300.0], [0, 2, 2, 300]), ([0.75, 27.0], [1, 27]), ([0.0], [0])):
+        np.save(path, np.asarray([load]))
+        assert read_trace(path).load.tolist() == [[rounded]]
+    np.save(path, np.asarray([[[9000.0, 1.0]], [[0.75, 16.0]]]))
+    with pytest.raises(EplbError, match=r"more than 1% at 1 positions, first at \[\(1,\)\]"):
+        read_trace(path)
+
+
+def test_tokens_of_a_layer_stay_below_2_to_63(tmp_path):
+    for load in ([[[2**62, 2**62]]], [[[2**62]], [[2**62]]]):
+        np.save(tmp_path / "x.npy", np.asarray(load))
+        with pytest.raises(EplbError, match=r"fewer than 2\*\*63 tokens per layer"):
+            read_trace(tmp_path / "x.npy")
+    np.save(tmp_path / "x.npy", np.asarray([[2**62], [2**62]]))  # two layers
+    assert read_trace(tmp_path / "x.npy").load.tolist() == [[[2**62], [2**62]]]
+
+
+@pytest.mark.parametrize("name", ["esft_dsv2lite_w1024", "esft_dsv2lite_w4096", "gptoss20b_by_subject_ge8192tok"])
+def test_recorded_traces(name):
+    expected = traces.recorded(name)
+    if expected is None:
+        pytest.skip(f"{name}.npz is not in {traces.FOLDER} (EPLB_TRACES)")
+    path = traces.FOLDER / f"{name}.npz"
+    load, metadata = read_trace(path)
+    np.testing.assert_array_equal(load, expected)
+    np.testing.assert_array_equal(np.stack(list(iter_windows(path))), expected)
+    assert len(metadata["labels"]) == len(load)
+    assert "model" in metadata
 
 
 def test_column_major_arrays_are_read_whole_only(tmp_path):

@@ -68,6 +68,7 @@ def plan(
     """
     with failing("plan"):
         from eplb_core._checks import require
+        from eplb_core.formats.layers import layer_ids_or_range
         from eplb_core.policies import rebalance
         from eplb_core.trace import read_placement, write_placement
 
@@ -79,7 +80,7 @@ def plan(
         start = time.perf_counter()
         new = rebalance(window, topology, policy=policy, num_groups=groups, previous=old, **limits)
         seconds = time.perf_counter() - start
-        layer_ids = metadata.get("layer_ids") or list(range(len(new)))
+        layer_ids = layer_ids_or_range(metadata.get("layer_ids"), len(new), load)
         result = _measure(window, old, new, topology) | {"layer_ids": layer_ids, "planning_seconds": seconds}
         if out is not None:
             described = {"load": str(load), "policy": policy}
@@ -88,7 +89,13 @@ def plan(
         if moves is not None:
             _write_moves(moves, old, new, topology)
         _print(console(json_file), result, layers)
-        sizes = {"ranks": ranks, "slots_per_rank": topology.slots_per_rank, "nodes": nodes}
+        sizes = {
+            "load": str(load),
+            "policy": policy,
+            "ranks": ranks,
+            "slots_per_rank": topology.slots_per_rank,
+            "nodes": nodes,
+        }
         write_json(json_file, sizes | result | {"physical_to_logical": new.tolist()})
 
 

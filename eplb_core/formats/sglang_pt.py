@@ -5,6 +5,7 @@ import os
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ def read_recording(path: PathLike, limit_bytes: int) -> tuple[np.ndarray, dict[s
     if os.path.isdir(path):
         files = sorted(Path(path).glob("*.pt"))
         require(bool(files), f"`{path}` must have .pt files", "none", "Name the folder that SGLang dumped to.")
-        return _passes([(file, _read(file, limit_bytes)) for file in files], limit_bytes)
+        return _passes(path, ((file, _read(file, limit_bytes)) for file in files), limit_bytes)
     value = _read(path, limit_bytes)
     if "records" in value:
-        return _passes([(path, value)], limit_bytes)
+        return _passes(path, [(path, value)], limit_bytes)
     require(
         "logical_count" in value,
         f"`{path}` must be a recording, with `logical_count` or `records`",
@@ -65,7 +66,9 @@ def write_placement(path: PathLike, physical_to_logical: np.ndarray) -> None:
     _write(path, {"physical_to_logical_map": physical_to_logical.astype(np.int64)})
 
 
-def _passes(files: list[tuple[PathLike, dict]], limit_bytes: int) -> tuple[np.ndarray, dict[str, Any]]:
+def _passes(
+    source: PathLike, files: Iterable[tuple[PathLike, dict]], limit_bytes: int
+) -> tuple[np.ndarray, dict[str, Any]]:
     """One window per forward pass: the counts of all ranks, by the map that their file ends with."""
     seen: set[tuple] = set()
     total: dict[int, np.ndarray] = {}
@@ -90,8 +93,8 @@ def _passes(files: list[tuple[PathLike, dict]], limit_bytes: int) -> tuple[np.nd
             )
             seen.add(key)
             np.add.at(window, (layer, placement[layer, slot]), counts[layer, slot])
-    require(bool(total), f"`{files[0][0]}` must have records", "none", "Record at least one forward pass.")
-    load = load_of(np.stack([total[number] for number in sorted(total)]), files[0][0])
+    require(bool(total), f"`{source}` must have records", "none", "Record at least one forward pass.")
+    load = load_of(np.stack([total[number] for number in sorted(total)]), source)
     note = "counts were converted with the last map; passes before a rebalance had another"
     return load, {"recorder": "sglang detail", "forward_pass_ids": sorted(total), "note": note}
 
