@@ -203,6 +203,11 @@ def divide(x, count) -> Any:
     return x / rounded(xp.broadcast_to(xp.asarray(count, dtype=x.dtype), x.shape))
 
 
+def margin(x, wanted: float, roundings: int) -> float:
+    """A relative margin: `wanted`, but at least so many roundings of the dtype of `x`, so that searches end in any."""
+    return max(wanted, roundings * float(namespace(x).finfo(x.dtype).eps))
+
+
 def rounded(x) -> Any:
     """`x`, kept from being fused into a following addition, which would skip the rounding of a product.
 

@@ -10,7 +10,7 @@ from eplb_core.placement import check_sizes
 from eplb_core.topology import Topology
 
 _DEPTH = 8  # copies per rank up to which the packing argument is made
-_SURE = 1 - 1e-9  # counts are rounded down by this much more than floats err, so that the bound stays valid
+_MARGIN, _ROUNDINGS = 1e-9, 64  # counts are rounded down by more than floats err, so that the bound stays valid
 
 
 def load_bound(load: Real[Any, "*windows layers logical"], topology: Topology) -> Float[Any, "*windows layers"]:
@@ -56,7 +56,7 @@ def load_bound(load: Real[Any, "*windows layers logical"], topology: Topology) -
         (low, high), (rows,) = state, fixed
         middle = low + (high - low) / 2
         can = _feasible(rows, middle, topology)
-        wide = (high - low) > 1e-9 * high
+        wide = (high - low) > _ops.margin(high, _MARGIN, _ROUNDINGS) * high
         return (xp.where(can, low, middle), xp.where(can, middle, high)), wide
 
     low, _ = _ops.while_rows(halve, (low, high), (rows,), ~_feasible(rows, low, topology))
@@ -66,11 +66,12 @@ def load_bound(load: Real[Any, "*windows layers logical"], topology: Topology) -
 def _feasible(load: Float[Any, "rows logical"], bound: Float[Any, " rows"], topology: Topology) -> Bool[Any, " rows"]:
     """Whether the arguments leave room for a placement whose busiest rank has load `bound`."""
     xp = _ops.namespace(load)
+    sure = 1 - _ops.margin(load, _MARGIN, _ROUNDINGS)
     ratio = load / xp.where(bound > 0, bound, 1.0)[:, None]
-    heavy_count = xp.maximum(xp.ceil(ratio * _SURE), 1.0)
+    heavy_count = xp.maximum(xp.ceil(ratio * sure), 1.0)
     possible = (xp.sum(heavy_count, axis=1) <= topology.num_slots) & xp.all(heavy_count <= topology.ep_size, axis=1)
     for k in range(2, min(topology.slots_per_rank, _DEPTH) + 1):
-        light_count = xp.maximum(xp.ceil(ratio * (k * _SURE)), 1.0)
+        light_count = xp.maximum(xp.ceil(ratio * (k * sure)), 1.0)
         extra = light_count - heavy_count
         # Convert those first that get rid of most heavy copies per further slot.
         price = extra / heavy_count
@@ -79,5 +80,5 @@ def _feasible(load: Float[Any, "rows logical"], bound: Float[Any, " rows"], topo
         must_free = xp.sum(frees, axis=1, keepdims=True) - (k - 1) * topology.ep_size
         taken = xp.clip(must_free - (xp.cumulative_sum(frees, axis=1) - frees), 0.0, frees)
         slots = xp.sum(heavy_count, axis=1) + xp.sum(taken * _ops.pick(price, order), axis=1)
-        possible = possible & (slots <= topology.num_slots * (2 - _SURE))
+        possible = possible & (slots <= topology.num_slots * (2 - sure))
     return possible

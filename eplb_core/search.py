@@ -9,7 +9,8 @@ from eplb_core._checks import EMPTY
 from eplb_core.topology import Topology
 
 NEAR = 4  # lightest ranks that are tried before all are
-NOTHING = 1e-12  # relative gain below which two sums of squares are the same, so that rounding cannot make cycles
+NOTHING = 1e-12  # relative gain below which two sums of squares are the same, so that rounding makes no cycles
+_ROUNDINGS = 8  # at least, in coarser floats: three in a gain, two in each of two rank loads
 
 
 def swap_copies(
@@ -81,7 +82,7 @@ def _swap_step(topology: Topology, partners: int, cross_node_cost: float):
         gain = xp.reshape(gain, (held.shape[0], -1))
         best = xp.astype(xp.argmax(gain, axis=1, keepdims=True), xp.int32)
         most = _ops.pick(rank_load, busiest)[:, 0]
-        least_gain = xp.maximum(worth, NOTHING * most * most)
+        least_gain = xp.maximum(worth, _ops.margin(most, NOTHING, _ROUNDINGS) * most * most)
         go = (_ops.pick(gain, best)[:, 0] > least_gain) & (moves + 2 <= max_moves) & (most > target)
 
         place, pair = best // (partners * depth), best % (partners * depth)
