@@ -225,7 +225,7 @@ def test_a_balancer_configuration_of_tensorrt_llm(tmp_path):
     path = tmp_path / "moe_load_balancer.yaml"
     for value in (config, {"moe_config": {"backend": "WIDEEP", "load_balancer": config}}):
         for style in (None, True):
-            path.write_text(yaml.dump(value, default_flow_style=style))
+            path.write_text(yaml.dump(value, default_flow_style=style, sort_keys=False))
             assert "*id001" in path.read_text()  # PyYAML repeats a list by its name
             ids, info = read_placement(path)
             assert ids.tolist() == [[0, 1, 2, 3], [3, 2, 1, 0], [3, 2, 1, 0]]
@@ -466,6 +466,18 @@ def test_checksums_are_compared(save, tmp_path):
             reader(tmp_path / "x.npz")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("width", [1, 100, 4096])
+def test_a_wrong_checksum_of_right_data_is_noticed(save, width, tmp_path):
+    save(tmp_path / "x.npz", load=np.arange(3 * width).reshape(3, 1, width))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[content.index(b"PK\x01\x02") + 16] ^= 1
+    (tmp_path / "x.npz").write_bytes(content)
+    for reader in (read_trace, lambda path: list(iter_windows(path))):
+        with pytest.raises(EplbError, match="Bad CRC"):
+            reader(tmp_path / "x.npz")
+
+
 def test_metadata_of_a_large_trace_is_read_alone_and_within_its_limit(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, load=np.ones((99, 10, 100)), labels=np.asarray(["a"]), meta=json.dumps({"labels": ["b"], "n": 1}))
@@ -621,6 +633,15 @@ def test_pickles_do_not_run(suffix, tmp_path, monkeypatch):
     (tmp_path / f"x.{suffix}").write_bytes(pickle.dumps({"logical_count": Harm()}))
     with pytest.raises(EplbError, match="cannot be read"):
         read_trace(f"x.{suffix}")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_pickles_do_not_run_even_if_what_they_call_were_not_looked_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("x.pt", {"logical_count": Harm()})
+    monkeypatch.setattr("eplb_core.formats.sglang_pt._KNOWN", re.compile(".*"))
+    with pytest.raises(EplbError, match="torch does not load with weights_only"):
+        read_trace("x.pt")
     assert not (tmp_path / "hacked").exists()
 
 
