@@ -284,6 +284,7 @@ def test_ranks_that_decide_differently_all_raise_and_nothing_moves():
         assert (model.placement == round_robin(LAYERS, LOGICAL, TOPOLOGY)).all()
         assert balancer.failure is None
         assert not balancer.in_flight
+        assert balancer.state.next_step == 10
         return [step for step in range(3, 30) if _raises(PlanningError, balancer.step, skewed(transport.rank, step))]
 
     assert on_threads(run) == [[10, 18, 26]] * 3  # tried again at every interval
