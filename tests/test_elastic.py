@@ -1,5 +1,8 @@
 """Changes of a group's size: worked examples, refusals, and the size of a real model."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -147,3 +150,10 @@ def test_new_ranks_are_used():
 def test_requests_that_cannot_be_met(case, call, complaint):
     with pytest.raises(EplbError, match=complaint):
         call(*case)
+
+
+def test_the_example_in_the_docs_prints_what_they_say(capsys):
+    text = (Path(__file__).parents[1] / "docs" / "elastic.md").read_text(encoding="utf-8")
+    ((code, output),) = re.findall(r"```python\n(.*?)```\n```\n(.*?)```", text, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == output

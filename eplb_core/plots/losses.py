@@ -30,7 +30,7 @@ def losses(
             upper.plot(chosen, values, marks, color=colour(0 if complete else 1), label=label)
     if balancedness is not None:
         upper.axhline(balancedness, color=GREY, linewidth=1, linestyle="--", label="before the loss")
-    upper.legend(fontsize=8, loc="lower right", frameon=False)
+    upper.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     upper.set_ylabel("balancedness")
     bars = lower.bar(places, [len(loss.lost) for loss in dry_run], color=colour(0), width=0.7)
     for bar, loss in zip(bars, dry_run, strict=True):
@@ -40,5 +40,5 @@ def losses(
     lower.locator_params(axis="both", integer=True)
     for axis in (upper, lower):
         clean(axis)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     return figure
