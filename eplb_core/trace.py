@@ -52,7 +52,7 @@ def read_trace(path: PathLike, *, format: str | None = None, limit_bytes: int = 
         path: the file, or for `"sglang-pt"` a folder with the recordings of all ranks.
         format: one of `TRACE_FORMATS`; by default told from the file's name, and for JSON from its keys.
         limit_bytes: most bytes of the file and of what it unpacks to. Text takes more room when it is parsed, so its
-            files may have a fraction of this: 1/8 as CSV, 1/32 as JSON.
+            files may have a fraction of this: 1/16 as CSV, 1/32 as JSON.
 
     Returns:
         `Trace`. Counts `[layers, experts]` are one window. Fractions are rounded to the nearest integer, half to

@@ -344,6 +344,7 @@ def test_tables(tmp_path):
     path = tmp_path / "load.csv"
     for content, expected, metadata in (
         ("window,layer,expert,count\n0,0,0,5\n0,0,1,6\n1,0,1,7\n", [[[5, 6]], [[0, 7]]], {}),
+        ("window,layer,expert,count\n9,0,0,7\n5,0,0,6", [[[6]], [[7]]], {}),
         ("layer,expert,count\n3,0,5\n4,2,6", [[[5, 0, 0], [0, 0, 6]]], {"layer_ids": [3, 4]}),
         ('\ufeff"Count", "Expert","LAYER"\r\n4.0,0,0\r\n\r\n', [[[4]]], {}),
         ("1,2,3\n4,5,6\n", [[[1, 2, 3], [4, 5, 6]]], {}),
@@ -726,6 +727,18 @@ def test_large_files_are_refused_before_they_are_read(tmp_path):
         for reader in (read_trace, read_placement):
             with pytest.raises(EplbError):
                 reader(path)
+
+
+@pytest.mark.parametrize(("name", "share"), [("x.json", 32), ("x.csv", 16), ("x.yaml", 1024)])
+def test_text_may_have_a_fraction_of_the_limit(name, share, tmp_path):
+    pytest.importorskip("yaml")
+    content = "num_slots: 1\ninitial_global_assignments: {0: [0]}" if name == "x.yaml" else "1"
+    content = "[[1]]" if name == "x.json" else content
+    (tmp_path / name).write_text(content.ljust(64))
+    reader = read_placement if name == "x.yaml" else read_trace
+    reader(tmp_path / name, limit_bytes=64 * share)
+    with pytest.raises(EplbError, match="at most 63 bytes; got 64 bytes"):
+        reader(tmp_path / name, limit_bytes=64 * share - 1)
 
 
 def test_a_small_archive_may_not_unfold_into_a_large_one(tmp_path):

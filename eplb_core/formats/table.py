@@ -10,8 +10,8 @@ from eplb_core._checks import require
 from eplb_core._files import PathLike, reading, writing
 from eplb_core.formats.values import MOST_EXPERTS, layer_ids_of, load_of
 
-_BYTES_PER_CHARACTER = 8
-"""What parsing takes at worst: `0,0,0,0` and a line's end become four integers, twice while they are collected."""
+_BYTES_PER_CHARACTER = 16
+"""What parsing takes at worst: `0,0,0,0` and a line's end become integers, and their places."""
 
 _MARK = "\ufeff".encode()
 _LONGEST_HEADER = 2**20
