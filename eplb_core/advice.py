@@ -92,7 +92,7 @@ def _enable(advice: Advice, chosen: Candidate) -> str:
     cadence = "once" if configuration.interval is None else f"every {_windows(configuration.interval)}"
     sent = replay.bytes_moved / len(replay.balancedness)
     return (
-        f"Enable it: policy {configuration.policy_name}, {chosen.num_redundant} redundant experts, a plan {cadence}. "
+        f"Enable it: policy {configuration.policy_name}, {chosen.num_redundant} redundant experts, planned {cadence}. "
         f"It saves {_percent(chosen.gain)} of the time that the expert layers take without a load balancer, moves "
         f"included, for {in_units(sent)} of traffic per window and {in_units(chosen.extra_bytes_per_rank)} of memory "
         "per rank."
@@ -133,7 +133,7 @@ def _redundancy_alone(advice: Advice, _: Any) -> str:
 def _cost(advice: Advice, chosen: Candidate) -> str:
     far = ""
     if advice.break_even_scale is not None:
-        far = f" It would pay if each window stood for {advice.break_even_scale:.2g} times as many tokens."
+        far = f" It would begin to pay if each window stood for {advice.break_even_scale:.2g} times as many tokens."
     return (
         f"Do not enable it at these costs: placements made from the past save {_percent(advice.gross_gain)} at best, "
         f"but with the moves {chosen.replay.configuration.label}, the best then, saves {_percent(chosen.gain)}.{far}"

@@ -57,7 +57,7 @@ def test_a_stable_skewed_trace_is_planned_once():
     assert advice.chosen.replay.configuration.interval is None
     assert 0.02 <= advice.chosen.gain.low <= advice.chosen.gain.share <= advice.possible_gain + 1e-9
     assert "Enable it" in explain(advice)
-    assert "a plan once" in explain(advice)
+    assert "planned once" in explain(advice)
 
 
 def test_traffic_that_changes_at_times_is_planned_as_often():

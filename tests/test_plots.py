@@ -60,7 +60,7 @@ def test_the_timeline_shows_balancedness_and_marks_rebalances(load, replays):
         assert marks.get_xdata().tolist() == dots.get_xdata().tolist() == [event.window + 1 for event in events]
         assert list(dots.get_ydata()) == [event.migration.moved_experts for event in events]
     written = texts(figure)
-    assert {"static", "greedy, every 2", "incremental, every 2", "bound", "window", "experts moved"} <= set(written)
+    assert {"static", "greedy, every 2", "incremental, every 2", "bound", "window", "experts\nmoved"} <= set(written)
     assert len({line.get_color() for line in curves}) == 4
 
 
@@ -105,7 +105,7 @@ def test_rank_loads_are_shown_over_their_layers_mean(load, replays):
         np.testing.assert_allclose(image, np.asarray(expected) / np.mean(expected, axis=1, keepdims=True))
     written = texts(figure)
     assert {"rank", "layer", "rank load / mean of the layer"} <= set(written)
-    assert any(text.startswith("old: balancedness 0.") for text in written)
+    assert any(text.startswith("old\nbalancedness 0.") for text in written)
 
 
 def test_transfers_are_shown_in_bytes_with_nodes_apart(replays):

@@ -70,19 +70,17 @@ def _kinds(replays: Sequence[Replay]) -> list[int]:
 
 
 def _name(axis: Any, labels: Sequence[str], x: np.ndarray, y: np.ndarray, kinds: Sequence[int]) -> None:
-    """Write each label beside its point, towards the middle of the picture, without overlap on a side."""
-    gap, left = text_height(axis, 8), x > 0.3 * x.max()
-    for side, shift, align in ((left, -9, "right"), (~left, 9, "left")):
-        chosen = np.flatnonzero(side)
-        for index, at in zip(chosen.tolist(), spread(y[chosen].tolist(), gap), strict=True):
-            # Labels to the left start before the whole cluster of points, so that none lies on a marker.
-            cluster = x[chosen][x[chosen] > x[index] / 3]
-            axis.annotate(
-                labels[index],
-                (cluster.min() if shift < 0 else x[index], at),
-                xytext=(shift, 3),
-                textcoords="offset points",
-                ha=align,
-                fontsize=8,
-                color=colour(kinds[index]),
-            )
+    """Write each label beside its point, towards the middle of the picture, all at different heights."""
+    left = x > 0.3 * x.max()
+    for index, at in enumerate(spread(y.tolist(), text_height(axis, 8))):
+        # Labels to the left start before the whole cluster of points, so that none lies on a marker.
+        cluster = x[left & (x > x[index] / 3)] if left[index] else x[[index]]
+        axis.annotate(
+            labels[index],
+            (cluster.min(), at),
+            xytext=(-9 if left[index] else 9, 3),
+            textcoords="offset points",
+            ha="right" if left[index] else "left",
+            fontsize=8,
+            color=colour(kinds[index]),
+        )

@@ -26,7 +26,7 @@ def rank_loads(
         after: `[layers, slots]` another one.
         load: `[layers, logical]` tokens served under both.
         topology: sizes of the placements.
-        titles: of the two panels; the mean balancedness is added.
+        titles: of the two panels; the mean balancedness is written below each.
         figure: to draw into.
     """
     figure = new_figure(figure, 8, 4)
@@ -35,7 +35,7 @@ def rank_loads(
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, share, title in zip(panels, shares, titles, strict=True):
         image = axis.imshow(share, cmap=MAP, vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
-        axis.set_title(f"{title}: balancedness {(1 / share.max(axis=1)).mean():.3f}", fontsize=10)
+        axis.set_title(f"{title}\nbalancedness {(1 / share.max(axis=1)).mean():.3f}", fontsize=9)
         axis.set_xlabel("rank")
         whole_numbers(axis)
     panels[0].set_ylabel("layer")

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from eplb_core.plots.style import GREY, clean, colour, label_ends, marker, new_figure
 from eplb_core.replay import Replay
 
-_MOST_MARKERS = 60
+_MOST_MARKERS = 40
+_MOST_WINDOWS = 60
 
 
 def timeline(
@@ -16,7 +18,8 @@ def timeline(
 ) -> Any:
     """Draw the mean balancedness of each judged window, and below it the experts that each rebalance moved.
 
-    A marker on a curve is a rebalance that moved something; the window after it is the first under the new placement.
+    A marker is a rebalance that moved something, at the first window under the new placement; above, markers are left
+    out where there are more than 40. Of more than 60 windows each curve is drawn thin, with a running mean on top.
 
     Args:
         replays: of one trace.
@@ -29,16 +32,14 @@ def timeline(
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     ends = []
     for index, (replay, label) in enumerate(zip(replays, labels, strict=True)):
-        shade, series = colour(index), replay.balancedness.mean(axis=1)
-        window = np.arange(1, len(series) + 1)
+        shade = colour(index)
+        curve = _draw_curve(top, replay.balancedness.mean(axis=1), shade)
         moves = [event for event in replay.rebalances if event.migration.moved_experts]
         when = np.asarray([event.window + 1 for event in moves], dtype=int)
-        top.plot(window, series, color=shade, linewidth=1.4)
-        sparse = when if len(when) <= _MOST_MARKERS else when[:: -(-len(when) // _MOST_MARKERS)]
-        top.plot(sparse, series[sparse - 1], marker(index), color=shade, markersize=4)
-        moved = [event.migration.moved_experts for event in moves]
-        below.plot(when, moved, marker(index), color=shade, markersize=3, alpha=0.8)
-        ends.append((float(series[-1]), label, shade))
+        if len(when) <= _MOST_MARKERS:
+            top.plot(when, curve[when - 1], marker(index), color=shade, markersize=4)
+        below.plot(when, [e.migration.moved_experts for e in moves], marker(index), color=shade, markersize=3)
+        ends.append((float(curve[-1]), label, shade))
     if bound is not None:
         top.plot(np.arange(1, len(bound) + 1), bound, ":", color=GREY, linewidth=1.4)
         ends.append((float(bound[-1]), "bound", GREY))
@@ -46,17 +47,45 @@ def timeline(
     return figure
 
 
+def running_mean(series: Float[np.ndarray, " windows"], width: int) -> Float[np.ndarray, " windows"]:
+    """Mean of the `width` windows around each one, as far as there are any.
+
+    >>> running_mean(np.asarray([1.0, 2.0, 6.0, 3.0]), 3).tolist()
+    [1.5, 3.0, 3.6666666666666665, 4.5]
+    """
+    position = np.arange(len(series))
+    low, high = np.maximum(position - width // 2, 0), np.minimum(position + width // 2 + 1, len(series))
+    total = np.concatenate([[0.0], np.cumsum(series)])
+    return (total[high] - total[low]) / (high - low)
+
+
+def _draw_curve(axis: Any, series: np.ndarray, shade: str) -> np.ndarray:
+    """Draw a series, and give the curve that stands out."""
+    window = np.arange(1, len(series) + 1)
+    if len(series) <= _MOST_WINDOWS:
+        axis.plot(window, series, color=shade, linewidth=1.4)
+        return series
+    smooth = running_mean(series, len(series) // 20 * 2 + 1)
+    axis.plot(window, series, color=shade, linewidth=0.5, alpha=0.35)
+    axis.plot(window, smooth, color=shade, linewidth=1.8)
+    return smooth
+
+
 def _finish(top: Any, below: Any, ends: list) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     top.set_ylabel("balancedness\n(mean of layers)")
     top.set_ylim(top=min(1.0, top.get_ylim()[1]))
-    below.set_ylabel("experts moved")
+    below.set_ylabel("experts\nmoved")
     below.set_xlabel("window")
     below.set_xlim(left=0)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     if any(line.get_ydata().size for line in below.get_lines()):
         below.set_yscale("log")
+        below.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=5))
+        below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        below.yaxis.set_minor_formatter(NullFormatter())
+        below.margins(y=0.2)
     else:
         below.set_yticks([0])
     for axis in (top, below):
