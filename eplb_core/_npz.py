@@ -97,7 +97,6 @@ def _read_array(stream: Any, num_bytes: int) -> np.ndarray:
     for start in range(0, data_bytes, _LARGEST_READ):
         piece = data[start : start + _LARGEST_READ]
         piece[:] = np.frombuffer(stream.read(piece.size), dtype=np.uint8)
-    stream.read(1)  # reaching the end compares the checksum
     array = data.view(dtype).reshape(shape, order="F" if column_major else "C")
     if dtype.kind == "U":
         array.tolist()  # raises where a code point does not exist

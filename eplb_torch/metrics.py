@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -202,14 +201,11 @@ class BalancerMetrics:
             OSError: if the port is taken or the address is not of this machine.
         """
         server, thread = _prometheus().start_http_server(port, addr=addr, registry=self.registry)
-        closing = threading.Lock()
 
         def close() -> None:
-            with closing:
-                if thread.is_alive():
-                    server.shutdown()
-                    server.server_close()
-                    thread.join(_JOIN_SECONDS)
+            server.shutdown()
+            server.server_close()
+            thread.join(_JOIN_SECONDS)
 
         return Served(server.server_port, close)
 

@@ -151,15 +151,24 @@ def test_what_could_not_be_loaded_is_not_saved(path, wrong, message):
         (sliding_window(3).init(2, 10), r"`load\.rows|`load` must .* 3 parts|`load"),
         (sliding_window(2).init(2, 9), r"`load\.0\.0` must .*\(2, 9\); got int64 of shape \(2, 10\)"),
         (exponential_decay(1.0).init(2, 10), r"`load\.0` must .*float64"),
+        (((np.zeros((2, 10)), np.zeros((2, 10))), np.zeros((), dtype=int)), r"`load\.0\.0` must .*float64.*got int64"),
         ({"a": np.zeros(1)}, r"a dict with the keys \['a'\]; got 2 parts"),
         ((None, np.zeros(())), r"`load\.0` must .*nothing"),
     ],
-    ids=["windows", "experts", "estimator", "structure", "none"],
+    ids=["windows", "experts", "estimator", "kind", "structure", "none"],
 )
 def test_a_load_of_another_kind_is_refused(path, like, message):
     save_snapshot(path, SNAPSHOT._replace(load=estimated(sliding_window(2))))
     with pytest.raises(EplbError, match=message):
         load_snapshot(path, load_like=like)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_load_that_is_not_finite_is_refused(tmp_path, number):
+    path = tmp_path / "state.npz"
+    save_snapshot(path, SNAPSHOT._replace(load=np.zeros(2)))
+    write_npz(path, **read_npz(path) | {"load.0": np.asarray([0.0, number])})
+    refuse(path, "`load.0` must be an array of finite numbers")
 
 
 def test_a_missing_load_is_refused_where_one_is_needed(path):
