@@ -123,7 +123,7 @@ def _copies(held, at_home, load, now: Carried, here: int) -> _Options:
     rank_load = now.rank_load[:, None] + now.count[:, out] * (taken_over - now.share[out])
     rank_load -= now.count[:, expert] * (now.share[expert] - further)
     rank_load[rank, np.arange(slot.size)] += further - taken_over
-    moves = _receives(at_home, rank, expert) - _receives(at_home, rank, out)
+    moves = _receives(at_home, rank, expert) - _spares(at_home, now, rank, out)
     return _Options(rank_load.max(axis=0), moves, ((slot, expert),))
 
 
@@ -141,11 +141,16 @@ def _swaps(held, at_home, now: Carried, here: int) -> _Options:
     heaviest = np.argsort(-others, kind="stable")[:2]
     rest = np.where(others[heaviest[0]] == now.rank_load[there], others[heaviest[-1]], others[heaviest[0]])
     both = np.maximum(now.rank_load[here] - shift, now.rank_load[there] + shift)
-    moves = _receives(at_home, there, gives) - _receives(at_home, here, gives)
-    moves += _receives(at_home, here, takes) - _receives(at_home, there, takes)
+    moves = _receives(at_home, there, gives) - _spares(at_home, now, here, gives)
+    moves += _receives(at_home, here, takes) - _spares(at_home, now, there, takes)
     return _Options(np.maximum(both, rest), moves, ((mine, takes), (theirs, gives)))
 
 
 def _receives(at_home, rank, expert):
-    """1 where the rank must receive the expert in order to hold it, else 0."""
+    """1 where the rank must receive the expert, of which it has no copy now, in order to hold it; else 0."""
     return np.where(at_home[rank, expert], 0, 1)
+
+
+def _spares(at_home, now: Carried, rank, expert):
+    """1 where a copy that leaves the rank need not be received any more, else 0."""
+    return np.where(at_home[rank, expert] | (now.count[rank, expert] > 1), 0, 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from eplb_core import EMPTY, Topology, apply_moves, check_placement, plan_moves, rank_load, rebalance, verify_plan
 from eplb_core.elastic import grow, lose_ranks, shrink
 from eplb_core.lighten import lighten
-from eplb_core.testing import loads, model_moved, model_rank_load, placements, read_only, topologies
+from eplb_core.testing import loads, model_moved, model_rank_load, placements, topologies
 
 LEAVE = pytest.mark.parametrize("leave", [lose_ranks, shrink])
 
@@ -228,12 +228,26 @@ def test_same_input_same_plan_in_whatever_order_ranks_are_named(problem):
     assert plan[6:] == again[6:]
 
 
-@given(departures(), st.integers(1, 3))
-def test_windows_count_by_their_sum(problem, num_windows):
+@given(departures(), st.data())
+def test_windows_count_by_their_sum(problem, data):
     topology, load, held, gone = problem
-    windows = read_only(np.stack([load * (i + 1) for i in range(num_windows)]))
+    windows = data.draw(loads(load.shape[1], len(load), num_windows=3))
     expected = lose_ranks(held, windows.sum(axis=0), topology, gone)
     assert lose_ranks(held, windows, topology, gone).placement.tolist() == expected.placement.tolist()
+
+
+@LEAVE
+@given(departures(empty=True), st.integers(0, 5))
+def test_what_stays_on_a_rank_stays_in_its_slot(leave, problem, extra):
+    """Unless a rank holds an expert twice, nothing is copied within a rank."""
+    topology, load, held, gone = problem
+    plan = leave(held, load, topology, gone, max_extra_moves=extra, tolerance=0.0)
+    rank = np.arange(plan.group.num_slots) // plan.group.slots_per_rank
+    for source, old in zip(plan.moves().source_slot, plan.old, strict=True):
+        for slot in np.flatnonzero(source != EMPTY):
+            mine = old[rank == rank[slot]].tolist()
+            if rank[source[slot]] == rank[slot] and mine.count(old[source[slot]]) == 1:
+                assert source[slot] == slot
 
 
 @given(growths(empty=True), st.integers(0, 4))

@@ -8,6 +8,7 @@ import pytest
 
 from eplb_core import EMPTY, EplbError, Topology, balancedness, rebalance, round_robin
 from eplb_core.elastic import grow, lose_ranks, shrink
+from eplb_core.rehost import rehost
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,21 @@ def test_nothing_changes_when_nobody_goes_or_joins(case):
 def test_without_load_new_slots_are_filled_with_the_rarest_experts():
     plan = grow(np.asarray([[0, 1, 0, 2]]), np.zeros((1, 3), dtype=int), Topology(2, 2), Topology(3, 2))
     assert plan.placement.tolist() == [[0, 1, 0, 2, 1, 2]]
+
+
+def test_without_load_an_orphan_replaces_the_expert_with_most_copies():
+    held = np.asarray([[1, 2, 0, 1, 0, 2, 0, 3]])
+    plan = lose_ranks(held, np.zeros((1, 4), dtype=int), Topology(4, 2), [3], max_extra_moves=0)
+    assert plan.placement.tolist() == [[3, 2, 0, 1, 0, 2]]
+    held = np.asarray([[1, 2, 0, 1, 0, 2, 0, 2, 3, 3]])
+    plan = lose_ranks(held, np.zeros((1, 4), dtype=int), Topology(5, 2), [4], max_extra_moves=0)
+    assert plan.placement.tolist() == [[1, 3, 0, 1, 0, 2, 0, 2]]
+
+
+def test_orphans_are_exchanged_where_that_evens_out_the_ranks():
+    """Expert 4, the heavier, took rank 0 first; exchanged with 3 the busiest rank is the same and the others more even."""
+    kept, load = np.asarray([[0, 0], [0, 2], [1, 0]]), np.asarray([11.0, 8.0, 4.0, 6.0, 7.0])
+    assert rehost(kept, load, np.zeros(3, dtype=bool)).tolist() == [[3, 0], [4, 2], [1, 0]]
 
 
 def test_a_rank_that_comes_back_takes_its_place(case):
