@@ -167,7 +167,8 @@ def trend_forecast(size: int, *, horizon: int = 1) -> Estimator:
         return xp.where(level + rise > 0, level + rise, 0.0)
 
     def windows(state: Windows):
-        return (_ops.namespace(state.rows[0]).asarray(state.seen) > 0) * 1
+        xp = _ops.namespace(state.rows[0])
+        return xp.astype(xp.asarray(state.seen) > 0, _ops.int_dtype(xp))
 
     return Estimator(_init_windows(size), _push, estimate, windows)
 

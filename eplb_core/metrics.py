@@ -56,7 +56,7 @@ def rank_load(
     slot_load = xp.take(table, xp.reshape(slot, (-1,)), axis=1)
     slot_load = xp.where(xp.reshape(physical_to_logical == EMPTY, (1, -1)), 0.0, slot_load)
     by_rank = xp.reshape(slot_load, (*load.shape[:-1], topology.ep_size, topology.slots_per_rank))
-    return xp.sum(by_rank, axis=-1)
+    return _ops.tree_sum(by_rank)
 
 
 def balancedness(
@@ -84,7 +84,8 @@ def balancedness(
     on_rank = rank_load(physical_to_logical, load, topology)
     xp = _ops.namespace(on_rank)
     busiest = xp.max(on_rank, axis=-1)
-    return xp.where(busiest > 0, xp.mean(on_rank, axis=-1) / xp.where(busiest > 0, busiest, 1.0), 1.0)
+    mean = _ops.divide(_ops.tree_sum(on_rank), topology.ep_size)
+    return xp.where(busiest > 0, mean / xp.where(busiest > 0, busiest, 1.0), 1.0)
 
 
 def model_balancedness(
@@ -100,8 +101,8 @@ def model_balancedness(
     """
     on_rank = rank_load(physical_to_logical, load, topology)
     xp = _ops.namespace(on_rank)
-    busiest = xp.sum(xp.max(on_rank, axis=-1), axis=-1)
-    mean = xp.sum(xp.mean(on_rank, axis=-1), axis=-1)
+    busiest = _ops.tree_sum(xp.max(on_rank, axis=-1))
+    mean = _ops.tree_sum(_ops.divide(_ops.tree_sum(on_rank), topology.ep_size))
     return xp.where(busiest > 0, mean / xp.where(busiest > 0, busiest, 1.0), 1.0)
 
 

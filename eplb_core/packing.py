@@ -78,7 +78,7 @@ def _fill_numpy(load, num_packs: int):
     heaviest_first = np.ascontiguousarray(np.take_along_axis(load, order, axis=1).T)
     order = np.ascontiguousarray(order.T)
     packed = np.empty(num_rows * num_items, dtype=np.int32)
-    pack_load = np.zeros((num_rows, num_packs))
+    pack_load = np.zeros((num_rows, num_packs), dtype=load.dtype)
     flat_load, filled = pack_load.reshape(-1), np.zeros(num_rows * num_packs, dtype=np.intp)
     first_pack = np.arange(num_rows) * num_packs
     for item, item_load in zip(order, heaviest_first, strict=True):

@@ -23,6 +23,20 @@ FIELDS: dict[str, tuple[tuple[int, ...], Any, PartitionSpec]] = {
     "nothing": ((0, 3), np.float32, PartitionSpec(None, "ep")),
 }
 
+_compiled = [0]
+
+
+def _count(event: str, _seconds: float, **_: object) -> None:
+    _compiled[0] += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def num_compiled() -> int:
+    """How many programs JAX has compiled in this process, since this module was imported."""
+    return _compiled[0]
+
 
 def make_mesh(axis_type: AxisType = AxisType.Auto, **sizes: int) -> Mesh:
     """A mesh of the first CPU devices, with the given axes."""

@@ -109,7 +109,7 @@ def compare(
     """
     before, after = rank_load(old, load, topology), rank_load(new, load, topology)
     xp = _ops.namespace(before)
-    mean = _ops.divide(xp.sum(xp.astype(_ops.as_array(load), before.dtype), axis=-1), topology.ep_size)
+    mean = _ops.divide(_ops.tree_sum(xp.astype(_ops.as_array(load), before.dtype)), topology.ep_size)
     return Comparison(mean, xp.max(before, axis=-1), xp.max(after, axis=-1), moved_experts(old, new, topology))
 
 
@@ -218,5 +218,5 @@ def _saved_seconds(config: ControlConfig, model: ModelConfig, state: ModelState,
 
 def _ratio(mean, busiest):
     xp = _ops.namespace(mean)
-    total, maxima = xp.sum(mean), xp.sum(busiest)
+    total, maxima = _ops.tree_sum(mean), _ops.tree_sum(busiest)
     return xp.where(maxima > 0, total / xp.where(maxima > 0, maxima, 1.0), 1.0)

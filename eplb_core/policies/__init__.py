@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Int, Real
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, check_ids, check_load, require
+from eplb_core._checks import EMPTY, check_ids, check_load, is_integer, require
 from eplb_core.maps import check_range
 from eplb_core.metrics import moved_experts, rank_load
 from eplb_core.placement import check_sizes, preserve_slots
@@ -163,15 +163,15 @@ def _split(max_moves, num_nodes: int):
 
 
 def _total(load, risk: float):
-    """Sum windows and convert to floats. Integers are summed as integers, so that no order of summing matters."""
+    """Sum windows and convert to floats. Integers are summed as integers, floats in one order on every library."""
     xp = _ops.namespace(load)
     floating = _ops.float_dtype(xp)
     if load.ndim == 2:
         return xp.astype(load, floating)
-    total = xp.astype(xp.sum(load, axis=0), floating)
+    windows = xp.astype(xp.permute_dims(load, (1, 2, 0)), floating)
+    total = xp.astype(xp.sum(load, axis=0), floating) if is_integer(load) else _ops.tree_sum(windows)
     if risk == 0:
         return total
-    windows = xp.astype(xp.permute_dims(load, (1, 2, 0)), floating)
     off = windows - _ops.divide(total, load.shape[0])[:, :, None]
     variance = _ops.divide(_ops.tree_sum(_ops.rounded(off * off)), load.shape[0])
     return total + _ops.rounded(xp.sqrt(variance) * (risk * load.shape[0]))

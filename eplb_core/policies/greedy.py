@@ -49,7 +49,7 @@ def _experts_by_node(load, num_groups: int, num_nodes: int):
     xp = _ops.namespace(load)
     num_layers, num_logical = load.shape
     group_size = num_logical // num_groups
-    group_load = xp.sum(xp.reshape(load, (num_layers, num_groups, group_size)), axis=2)
+    group_load = _ops.tree_sum(xp.reshape(load, (num_layers, num_groups, group_size)))
     group = pack(group_load, num_nodes)
     member = xp.arange(group_size, dtype=xp.int32)
     return xp.reshape(group[:, :, None] * group_size + member, (num_layers, num_logical))
