@@ -43,7 +43,9 @@ def listing(items, limit: int = 8) -> str:
 
 def at(bad) -> str:
     """Format the positions where the boolean array `bad` is true."""
-    return listing(tuple(int(i) for i in index) for index in np.argwhere(np.asarray(bad)))
+    bad = np.asarray(bad)
+    where = np.unravel_index(np.flatnonzero(bad), bad.shape)  # unlike argwhere, quick where there is nothing to find
+    return listing(zip(*(axis.tolist() for axis in where), strict=True))
 
 
 def is_integer(x) -> bool:
