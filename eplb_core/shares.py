@@ -36,7 +36,7 @@ def balanced_shares(
 
     `split_load`, rounded: a copy gets its part to within `load / resolution`. A layer whose busiest rank would gain
     nothing keeps even shares, so for the given load no layer is worse off. New shares move no weights, so they can
-    follow the load much more often than a placement can.
+    follow the load much more often than a placement can. They fit the noise of a window too: give several.
 
     Args:
         physical_to_logical: `[layers, slots]` the placement.

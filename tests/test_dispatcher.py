@@ -1,6 +1,10 @@
 """Recording and dispatch of all layers, and both under torch.compile."""
 
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +144,10 @@ def test_inductor_gives_the_same_slots_and_counts():
     for _ in range(3):
         assert torch.equal(run(IDS), plain.layer(1)(IDS))
     assert torch.equal(compiled.recorder.counts, plain.recorder.counts)
+
+
+def test_the_documented_example_prints_what_the_page_says():
+    page = (Path(__file__).parents[1] / "docs" / "dispatch.md").read_text(encoding="utf-8")
+    ((code, output),) = re.findall(r"```python\n(.*?)```\n```\n(.*?)```", page, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == output
