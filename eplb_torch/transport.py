@@ -102,19 +102,19 @@ class ProcessGroupTransport:
         control: dist.ProcessGroup | None = None,
     ):
         require(
-            dist.is_available() and dist.is_initialized(),
+            dist.is_available() and (group is not None or dist.is_initialized()),
             "`ProcessGroupTransport` needs torch.distributed",
             "no initialised default process group",
             "Call torch.distributed.init_process_group first.",
         )
         self.group: Any = group if group is not None else dist.group.WORLD
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         require(
-            self.rank >= 0,
+            isinstance(self.group, dist.ProcessGroup),
             "`ProcessGroupTransport(group=...)` must contain this process",
-            f"global rank {dist.get_rank()} outside the group",
+            "the placeholder of a group that it is not in",
             "Build it on members only.",
         )
+        self.rank, self.size = self.group.rank(), self.group.size()
         self.device = torch.device(device) if device is not None else _backend_device(self.group)
         self.control: Any = control if control is not None else _control_group(self.group)
         self._connected = self.device.type == "cpu"
@@ -140,8 +140,8 @@ class ProcessGroupTransport:
         peers = [peer for peer in range(self.size) if peer != self.rank]
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         theirs = [torch.empty_like(mine) for _ in peers]
-        recvs = [self._post(dist.irecv, buffer, peer) for buffer, peer in zip(theirs, peers, strict=True)]
-        sends = [self._post(dist.isend, mine, peer) for peer in peers]
+        recvs = [self._post(self.control.recv, buffer, peer) for buffer, peer in zip(theirs, peers, strict=True)]
+        sends = [self._post(self.control.send, mine, peer) for peer in peers]
         arrived = self._waiter.finish([*recvs, *sends], deadline)[: len(peers)]
         payloads: list[bytes | None] = [payload] * self.size
         for peer, buffer, result in zip(peers, theirs, arrived, strict=True):
@@ -158,8 +158,8 @@ class ProcessGroupTransport:
             self._exchange_on_device(sends, recvs, deadline)
             return
         peers = [peer for peer, _ in (*recvs, *sends)]
-        works = [self._post(dist.irecv, tensor, peer, self.group) for peer, tensor in recvs]
-        works += [self._post(dist.isend, tensor, peer, self.group) for peer, tensor in sends]
+        works = [self._post(self.group.recv, tensor, peer) for peer, tensor in recvs]
+        works += [self._post(self.group.send, tensor, peer) for peer, tensor in sends]
         results = self._waiter.finish(works, deadline)
         failed = [(peer, result) for peer, result in zip(peers, results, strict=True) if result is not True]
         if failed:
@@ -167,12 +167,11 @@ class ProcessGroupTransport:
             detail = f"not done after {timeout:g} s" if why is None else str(why)
             raise TransportError(f"messages between rank {self.rank} and ranks {ranks} failed: {detail}")
 
-    def _post(self, verb: Callable, tensor: Tensor, peer: int, group=None):
+    def _post(self, verb: Callable, tensor: Tensor, peer: int):
         """Start one message; a connection that is broken already is a result like any other."""
         tag = self._gathers % 2**18 * _TAGS_PER_EPOCH + self._exchanges % _TAGS_PER_EPOCH
-        group = self.control if group is None else group
         try:
-            return verb(tensor, dist.get_global_rank(group, peer), group=group, tag=tag)
+            return verb([tensor], peer, tag)
         except RuntimeError as error:
             return error
 
@@ -185,7 +184,7 @@ class ProcessGroupTransport:
             raise TransportError(f"messages of rank {self.rank} failed: {error}") from error
 
     def _op(self, verb, peer: int, tensor: Tensor) -> dist.P2POp:
-        return dist.P2POp(verb, tensor, dist.get_global_rank(self.group, peer), group=self.group)
+        return dist.P2POp(verb, tensor, group=self.group, group_peer=peer)
 
     def _finish_on_device(self, works, deadline: float) -> None:
         """Wait on the host. Work on an accelerator only orders streams, so its completion is polled for."""
@@ -247,18 +246,26 @@ def _serve(jobs: queue.SimpleQueue) -> None:
 
 
 def _control_group(group):
-    if "gloo" in str(dist.get_backend_config(group)):
+    if _has_cpu_backend(group):
         return group
     return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
 
 
+def _has_cpu_backend(group) -> bool:
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        return False
+    return True
+
+
 def _backend_device(group) -> torch.device:
-    if dist.get_backend(group) == "gloo":
+    if group.name() == "gloo":
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         raise EplbError(
-            f"`ProcessGroupTransport(group=...)` needs a device for backend {dist.get_backend(group)!r}; got no "
+            f"`ProcessGroupTransport(group=...)` needs a device for backend {group.name()!r}; got no "
             "accelerator. Use a Gloo group, or pass device=..."
         )
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
