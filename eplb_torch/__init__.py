@@ -1,14 +1,18 @@
-"""Carry out move plans on torch tensors over NCCL or Gloo process groups."""
+"""Carry out move plans on torch tensors over NCCL or Gloo process groups, and keep a serving model balanced."""
 
 from eplb_torch.balancer import ExpertBalancer
 from eplb_torch.balancer_config import BalancerConfig
-from eplb_torch.device_maps import DeviceMaps
-from eplb_torch.dispatch import select_slots
+from eplb_torch.device_maps import DeviceMaps, LayerMaps
+from eplb_torch.dispatch import count_tokens, mask_padding, select_slots
+from eplb_torch.dispatcher import Dispatcher
 from eplb_torch.execute import rearrange
 from eplb_torch.in_process import InProcessWorld
 from eplb_torch.live_model import LiveModel, ServedModel
+from eplb_torch.metrics import BalancerMetrics, Metrics, NoMetrics
 from eplb_torch.planning import PlanningError
 from eplb_torch.rearrangement import Rearrangement
+from eplb_torch.recording import LoadRecorder
+from eplb_torch.reload import ExpertReload, held_experts, reload_experts
 from eplb_torch.report import RearrangeError, RearrangeReport
 from eplb_torch.reserve import reserve
 from eplb_torch.staged_transport import StagedTransport
@@ -18,11 +22,18 @@ from eplb_torch.weights import ExpertWeights
 
 __all__ = (
     "BalancerConfig",
+    "BalancerMetrics",
     "DeviceMaps",
+    "Dispatcher",
     "ExpertBalancer",
+    "ExpertReload",
     "ExpertWeights",
     "InProcessWorld",
+    "LayerMaps",
     "LiveModel",
+    "LoadRecorder",
+    "Metrics",
+    "NoMetrics",
     "PlanningError",
     "ProcessGroupTransport",
     "RearrangeError",
@@ -33,7 +44,11 @@ __all__ = (
     "Staging",
     "Transport",
     "TransportError",
+    "count_tokens",
+    "held_experts",
+    "mask_padding",
     "rearrange",
+    "reload_experts",
     "reserve",
     "select_slots",
 )

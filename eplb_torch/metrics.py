@@ -68,7 +68,7 @@ class NoMetrics:
         """Do nothing."""
 
 
-class Served(NamedTuple):
+class MetricsServer(NamedTuple):
     """A running metrics server.
 
     port: where it listens.
@@ -112,7 +112,7 @@ class BalancerMetrics:
     """
 
     def __init__(
-        self, models: Sequence[str] = ("default",), registry: Any = None, labels: Mapping[str, str] | None = None
+        self, models: Sequence[str] = ("main",), registry: Any = None, labels: Mapping[str, str] | None = None
     ):
         prometheus = _prometheus()
         fixed = dict(labels or {})
@@ -187,7 +187,7 @@ class BalancerMetrics:
         """How long serving has waited for a rebalance."""
         self._stalls.observe(_checked("seconds", seconds))
 
-    def serve(self, port: int = 0, addr: str = "127.0.0.1") -> Served:
+    def serve(self, port: int = 0, addr: str = "127.0.0.1") -> MetricsServer:
         """Serve the registry over HTTP from a thread of its own, at any path.
 
         Args:
@@ -207,7 +207,7 @@ class BalancerMetrics:
             server.server_close()
             thread.join(_JOIN_SECONDS)
 
-        return Served(server.server_port, close)
+        return MetricsServer(server.server_port, close)
 
     def _find(self, series: dict[tuple[str, str], Any], model: str, value: str = "") -> Any:
         found = series.get((model, value))
