@@ -120,8 +120,8 @@ def grow(
     """Plan for a group that ranks have joined.
 
     The ranks that were there keep what they hold. Experts without a copy get one; then the slots of the new ranks
-    are filled, each with the expert whose further copy lowers the busiest rank most. A slot stays `EMPTY` where
-    every expert would raise it.
+    are filled, each with the expert whose further copy lowers the busiest rank most. A slot stays `EMPTY` if every
+    expert would raise the busiest rank when its turn comes.
 
     Args:
         physical_to_logical: `[layers, slots]` the placement in force.

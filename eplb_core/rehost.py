@@ -134,20 +134,13 @@ def _place_orphans(home, load, orphans: list[int]):
     for _ in range(PASSES):
         before = _cost(held, load)
         for expert in orphans:
-            _move_orphan(held, load, home, slot_of, expert)
+            held.flat[slot_of[expert]] = home.flat[slot_of[expert]]
+            slot_of[expert], _ = _best_slot(held, load, expert)
+            held.flat[slot_of[expert]] = expert
             _swap_orphan(held, load, slot_of, expert)
         if not _better(_cost(held, load), before):
             break
     return held
-
-
-def _move_orphan(held, load, home, slot_of, expert: int) -> None:
-    """Put one orphan into a better slot, if there is one; in place."""
-    cost, slot = _cost(held, load), slot_of[expert]
-    held.flat[slot] = home.flat[slot]
-    better, new_cost = _best_slot(held, load, expert)
-    slot_of[expert] = better if _better(new_cost, cost) else slot
-    held.flat[slot_of[expert]] = expert
 
 
 def _swap_orphan(held, load, slot_of, expert: int) -> None:
@@ -170,7 +163,7 @@ def _swap_orphan(held, load, slot_of, expert: int) -> None:
 
 def _fill(held, load, ranks):
     """Fill the free slots of `ranks`; then change what they got as long as that helps."""
-    held, free = held.copy(), np.flatnonzero((held == EMPTY) & ranks[:, None])
+    held, free = held.copy(), np.flatnonzero(held == EMPTY)
     for _ in range(PASSES + 1):
         before = _cost(held, load)
         for slot in free[held.flat[free] != EMPTY].tolist():

@@ -76,6 +76,15 @@ def test_a_copy_more_where_no_exchange_helps():
     assert moved_experts(held, spread, topology).tolist() == [1]
 
 
+def test_what_the_copy_replaces_stays_on_two_nodes():
+    """Expert 1 has copies to spare on node 1; expert 2, though lighter, would be left with node 0 alone."""
+    topology = Topology(4, 3, num_nodes=2)
+    held = np.asarray([[0, 1, 2, 0, 2, 3, 2, 1, 1, 1, 1, 1]], dtype=np.int32)
+    load = np.asarray([[10.0, 6.0, 0.0, 0.0]])
+    spread = spread_copies(held, load, topology, max_moves=np.asarray([9], dtype=np.int32))
+    assert spread.tolist() == [[0, 1, 2, 0, 2, 3, 2, 0, 1, 1, 1, 1]]
+
+
 def test_an_exchange_takes_the_partner_that_burdens_least():
     """Expert 0 (5 per copy) leaves the busier of its ranks; of 6, 1, 5 and 3 tokens on node 1, 5 changes nothing."""
     topology = Topology(4, 2, num_nodes=2)

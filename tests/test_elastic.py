@@ -8,6 +8,7 @@ import pytest
 
 from eplb_core import EMPTY, EplbError, Topology, balancedness, rebalance, round_robin
 from eplb_core.elastic import grow, lose_ranks, shrink
+from eplb_core.lighten import lighten
 from eplb_core.rehost import rehost
 
 
@@ -98,9 +99,32 @@ def test_without_load_an_orphan_replaces_the_expert_with_most_copies():
 
 
 def test_orphans_are_exchanged_where_that_evens_out_the_ranks():
-    """Expert 4, the heavier, took rank 0 first; exchanged with 3 the busiest rank is the same and the others more even."""
+    """Expert 4, the heavier, took rank 0 first; exchanged with 3, the busiest is the same, the others more even."""
     kept, load = np.asarray([[0, 0], [0, 2], [1, 0]]), np.asarray([11.0, 8.0, 4.0, 6.0, 7.0])
     assert rehost(kept, load, np.zeros(3, dtype=bool)).tolist() == [[3, 0], [4, 2], [1, 0]]
+
+
+def test_an_expert_that_returns_to_its_rank_returns_to_its_slot():
+    """Extra moves bring expert 0 back where an orphan had taken its slot: no copy within the rank is left of that."""
+    held, load = np.asarray([[3, 2, 2, 0, 1, 2, 1, 0]]), np.asarray([[4, 6, 9, 4]])
+    plan = lose_ranks(held, load, Topology(4, 2), [0], max_extra_moves=2, tolerance=0.0)
+    assert plan.placement.tolist() == [[3, 0, 1, 2, 1, 2]]
+
+
+def test_a_new_slot_stays_free_if_it_would_make_the_new_rank_the_busiest():
+    plan = grow(np.asarray([[0, 1, 2]]), np.asarray([[10, 10, 10]]), Topology(3, 1), Topology(4, 3))
+    assert plan.placement.tolist() == [[0, -1, -1, 1, -1, -1, 2, -1, -1, -1, 0, 1]]
+
+
+def test_a_received_copy_makes_room_for_another_at_no_cost():
+    """Expert 1 need not be received by rank 1 if expert 0 is; as a second copy it must be all the same."""
+    load = np.asarray([[10.0, 2.0, 1.0]])
+    home = np.asarray([[[0, 1], [2, EMPTY]]])
+    placed = lighten(np.asarray([[[0, 1], [2, 1]]]), home, load, max_moves=0, tolerance=0.0)
+    assert placed.tolist() == [[[0, 1], [2, 0]]]
+    held, home = np.asarray([[[0, 2], [1, 1]]]), np.asarray([[[0, 2], [EMPTY, EMPTY]]])
+    assert lighten(held, home, load, max_moves=0, tolerance=0.0).tolist() == held.tolist()
+    assert lighten(held, home, load, max_moves=1, tolerance=0.0).tolist() == [[[0, 2], [0, 1]]]
 
 
 def test_a_rank_that_comes_back_takes_its_place(case):
