@@ -74,6 +74,14 @@ def test_demo_says_which_extra_is_missing(module, monkeypatch):
     assert f"needs {module}. Install with: pip install 'eplb[cli,hf]'" in result.stderr
 
 
+def test_demo_needs_prometheus_only_for_metrics(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    result = eplb("demo", "--metrics-port", "0")
+    assert result.exit_code == 2
+    assert "needs prometheus_client. Install with: pip install 'eplb[cli,hf,metrics]'" in result.stderr
+    assert "prometheus" not in eplb("demo", "--policy", "magic").stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -82,6 +90,8 @@ def test_demo_says_which_extra_is_missing(module, monkeypatch):
         (["demo", "--ranks", "3"], "Use num_redundant=10"),
         (["demo", "--ranks", "130", "--redundant", "98"], "must have 1 to 128 ranks"),
         (["demo", "--policy", "magic"], "policy='magic'"),
+        (["demo", "--interval", "0"], "Invalid value for '--interval'"),
+        (["demo", "--metrics-port", "70000"], "Invalid value for '--metrics-port'"),
         (["demo", "--json", "no/such/folder/out.json"], "does not exist"),
         (["demo", "--json", "."], "is a directory"),
         (["deom"], "No such command"),

@@ -1,22 +1,34 @@
-"""The demo: a small real run, what it must notice, and how its processes end."""
+"""The demo: small real runs, what it must notice, and how its processes end."""
 
 import json
 import multiprocessing
 import os
+import re
 import signal
+import socket
+import threading
 import time
+import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 from typer.testing import CliRunner
 
 from eplb_core import Topology
 from eplb_core.commands import app
-from eplb_torch.demo import run, serving
+from eplb_torch.balancer_config import BalancerConfig
+from eplb_torch.demo import run, serving, traffic
 from eplb_torch.demo.corpus import read_domains
-from eplb_torch.demo.model import VOCAB_SIZE
+from eplb_torch.demo.display import rank_bars, show_result
+from eplb_torch.demo.live import LineView, LiveView, make_view
+from eplb_torch.demo.model import VOCAB_SIZE, new_model, save_model
 from eplb_torch.demo.ranks import RankFailure, run_ranks
+from eplb_torch.demo.record import Progress, Record, Step
 from eplb_torch.demo.results import DemoResult, PhaseResult, TrainingResult
 
 SMALL = ["demo", "--ranks", "2", "--steps", "8"]
@@ -27,26 +39,106 @@ def domains():
     return read_domains(VOCAB_SIZE, seed=3)
 
 
-def test_a_small_run_keeps_its_promises(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "REQUESTS", 64)
-    file = tmp_path / "result.json"
-    shown = CliRunner().invoke(app, [*SMALL, "--json", str(file)])
+@pytest.fixture
+def small(domains, monkeypatch):
+    """Small batches; the phases that a test keeps."""
+    monkeypatch.setattr(run, "read_domains", lambda *_: domains)
+    monkeypatch.setattr(traffic, "REQUESTS", 8)
+    monkeypatch.setattr(run, "make_phases", lambda *args: traffic.make_phases(*args)[:1])
+
+
+class Scraper(threading.Thread):
+    """Reads a metrics page again and again, from when it is there until it is gone."""
+
+    def __init__(self, port):
+        super().__init__(daemon=True)
+        self.url, self.pages, self.is_over = f"http://127.0.0.1:{port}/metrics", [], threading.Event()
+        self.start()
+
+    def run(self):
+        while not self.is_over.wait(0.1):
+            try:
+                with urllib.request.urlopen(self.url, timeout=5) as answer:
+                    self.pages.append(answer.read().decode())
+            except OSError:
+                if self.pages:
+                    return
+
+    def last(self):
+        """The samples of the last page: by name, or by name and the value of a label."""
+        self.is_over.set()
+        self.join()
+        samples = {}
+        for family in text_string_to_metric_families(self.pages[-1]):
+            for sample in family.samples:
+                assert sample.labels["ep_rank"] == "0"
+                key = [sample.labels[label] for label in ("reason", "phase", "scope") if label in sample.labels]
+                samples[(sample.name, *key)] = sample.value
+        return samples
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_small_run_keeps_its_promises_and_can_be_watched(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(run, "make_phases", traffic.make_phases)
+    file, port = tmp_path / "result.json", free_port()
+    scraper = Scraper(port)
+    shown = CliRunner().invoke(app, [*SMALL, "--json", str(file), "--metrics-port", str(port)])
     assert shown.exit_code == 0, shown.output
     result = json.loads(file.read_text())
-    assert result["ep_size"] == 2
-    assert result["problems"] == []
+    check_result(result, shown.output)
+    assert f"Metrics of rank 0: {scraper.url}\n" in shown.output
+    metrics = scraper.last()
+    assert len(scraper.pages) > 5
+    assert 1 <= metrics["eplb_decisions_total", "rebalance"] <= result["decisions"]["rebalance"]
+    assert metrics["eplb_epoch",] >= 1
+    assert 0 < metrics["eplb_moved_experts_total",] <= result["moved_experts"]
+    assert 0 < metrics["eplb_moved_bytes_total", "within_node"] <= result["bytes_moved"]
+    assert 0 < metrics["eplb_balancedness_ratio",] <= 1
+    assert 0 < metrics["eplb_predicted_balancedness_ratio",] <= 1
+    for phase in ("planning", "prepare", "commit"):
+        assert metrics["eplb_phase_seconds_count", phase] >= 1
+
+
+def check_result(result, output):
+    assert (result["ep_size"], result["use_async"], result["problems"]) == (2, True, [])
     assert 0 < result["balancedness_before"] < result["balancedness_after"] <= 1
     assert result["max_abs_logit_difference"] < 1e-4
     assert [phase["traffic"] for phase in result["phases"]] == ["prose", "code", "mix"]
-    for name in ("moved_experts", "bytes_moved"):
-        assert result[name] == sum(phase[name] for phase in result["phases"]) > 0
+    for name in ("moved_experts", "bytes_moved", "stall_ms", "steps", "steps_during_moves"):
+        assert result[name] == pytest.approx(sum(phase[name] for phase in result["phases"]))
+        assert result[name] > 0
     # Three matrices of 64 x 32 float64 make an expert.
     assert result["bytes_moved"] == result["moved_experts"] * 3 * 64 * 32 * 8
+    # A part of a rearrangement is committed at the second boundary at the earliest, so one batch at least goes between.
+    assert result["steps_during_moves"] >= result["decisions"]["rebalance"]
+    assert result["stall_ms"] < result["steps"] * max(result["step_ms"].values())
     for phase in result["phases"]:
         assert phase["balancedness_after"] >= 0.85
+        assert phase["steps"] >= 2 * 8
+        assert sum(phase["decisions"].values()) >= 2
         for load in (phase["rank_load_before"], phase["rank_load_after"]):
             np.testing.assert_allclose(np.sum(load, axis=1), 4 * phase["tokens"])
-        assert f"{phase['balancedness_before']:.3f} → {phase['balancedness_after']:.3f}" in shown.output
+        assert f"{phase['balancedness_before']:.3f} → {phase['balancedness_after']:.3f}" in output
+        assert f"{phase['traffic']:5} batch   8  balancedness" in output
+
+
+def test_in_sync_mode_serving_waits_for_moves(tmp_path, small):
+    file = tmp_path / "result.json"
+    shown = CliRunner().invoke(app, [*SMALL, "--sync", "--interval", "4", "--metrics-port", "0", "--json", str(file)])
+    assert shown.exit_code == 0, shown.output
+    (phase,) = json.loads(file.read_text())["phases"]
+    assert phase["moved_experts"] > 0
+    assert phase["steps_during_moves"] == 0
+    assert phase["step_ms"]["moving"] is None
+    # With windows of two intervals, a third decision is the first that knows this traffic alone.
+    assert sum(phase["decisions"].values()) >= 3
+    assert phase["stall_ms"] > phase["moving_ms"] > 0
+    assert re.search(r"Metrics of rank 0: http://127.0.0.1:[1-9]\d+/metrics\n", shown.output)
 
 
 def serve_with_experts_in_wrong_slots(rank, send, job):
@@ -62,16 +154,38 @@ def serve_with_experts_in_wrong_slots(rank, send, job):
     serving.serve_phases(rank, send, job)
 
 
+def serve_badly_while_weights_move(rank, send, job):
+    genuine = serving.Server._forward
+
+    def slipping(self, share):
+        logits = genuine(self, share)
+        logits[-1, -1, 7] += 2e-4 * (self._moving and rank == 1)
+        return logits
+
+    serving.Server._forward = slipping
+    serving.serve_phases(rank, send, job)
+
+
+def serve_on_rank_0_alone_from_step(step, end):
+    """A worker whose rank 1 comes to an end before a step."""
+    genuine, served = serving.Server.step, []
+
+    def mortal(self, requests):
+        if dist.get_rank() == 1 and len(served) == step:
+            end()
+        served.append(requests)
+        return genuine(self, requests)
+
+    serving.Server.step = mortal
+
+
 def serve_until_a_rank_dies(rank, send, job):
-    genuine, served = serving._serve, []
+    serve_on_rank_0_alone_from_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    serving.serve_phases(rank, send, job)
 
-    def mortal(*args):
-        if rank == 1 and len(served) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        served.append(args)
-        return genuine(*args)
 
-    serving._serve = mortal
+def serve_until_a_rank_hangs(rank, send, job):
+    serve_on_rank_0_alone_from_step(5, signal.pause)
     serving.serve_phases(rank, send, job)
 
 
@@ -79,17 +193,35 @@ def serve_until_a_rank_dies(rank, send, job):
     ("worker", "message"),
     [
         (serve_with_experts_in_wrong_slots, "logits differ from the unmodified model's by"),
+        (serve_badly_while_weights_move, "logits differ from the unmodified model's by 2.0e-04"),
         (serve_until_a_rank_dies, "rank 1 died with exit code -9"),
+        (serve_until_a_rank_hangs, "ranks [1] had not finished and were stopped"),
     ],
 )
-def test_the_demo_fails_when_a_rank_errs_or_dies(worker, message, domains, monkeypatch):
-    monkeypatch.setattr(run, "read_domains", lambda *_: domains)
-    monkeypatch.setattr(run, "REQUESTS", 16)
+def test_the_demo_fails_when_a_rank_errs_dies_or_hangs(worker, message, small, monkeypatch):
+    monkeypatch.setattr(run, "GROUP_TIMEOUT", 12.0)
+    monkeypatch.setattr(run, "BALANCER_TIMEOUT", 6.0)
     monkeypatch.setattr(run, "serve_phases", worker)
+    start = time.monotonic()
     result = CliRunner().invoke(app, SMALL)
     assert result.exit_code == 1
     assert message in result.stderr
+    assert time.monotonic() - start < 90
     assert not multiprocessing.active_children()
+
+
+def test_ranks_without_requests_serve_the_others(tmp_path):
+    save_model(new_model(seed=1), tmp_path)
+    batches = torch.randint(0, VOCAB_SIZE, (8, 1, 16), generator=torch.Generator().manual_seed(0))
+    phase = traffic.Phase("prose", batches, batches, batches)
+    config = replace(BalancerConfig(), window_size=8, step_interval=4, timeout=10.0)
+    job = serving.Job(tmp_path, Topology(2, 18), config, (phase,), None, 30.0)
+    messages = list(run_ranks(serving.serve_phases, 2, job, timeout=100, group_timeout=30))
+    *progress, result = messages
+    assert [message.step for message in progress] == list(range(1, len(progress) + 1))
+    assert result.max_abs_logit_difference < 1e-4
+    assert result.tokens == 8 * 16
+    assert result.rank_load_before.sum() == result.rank_load_after.sum() == 4 * 4 * 8 * 16
 
 
 def say_and_end(rank, send, word):
@@ -151,10 +283,27 @@ def test_ranks_end_with_their_time_and_with_the_interest_of_the_parent():
 
 def test_no_text_is_served_twice(domains):
     phases = run.make_phases(domains, seed=0)
-    windows = [window for phase in phases for window in (phase.measured, phase.fresh)]
-    assert all(window.shape == (run.REQUESTS, run.REQUEST_LENGTH) for window in windows)
-    requests = [tuple(request.tolist()) for window in windows for request in window]
+    assert [phase.traffic for phase in phases] == ["prose", "code", "mix"]
+    batches = [batches for phase in phases for batches in (phase.first, phase.between, phase.fresh)]
+    for phase in phases:
+        assert phase.first.shape == phase.fresh.shape == (8, traffic.REQUESTS, traffic.REQUEST_LENGTH)
+    requests = [tuple(request.tolist()) for batch in batches for request in batch.flatten(0, 1)]
     assert len(set(requests)) == len(requests)
+    again = run.make_phases(domains, seed=0), run.make_phases(domains, seed=1)
+    assert torch.equal(phases[2].fresh, again[0][2].fresh)
+    assert not torch.equal(phases[2].fresh, again[1][2].fresh)
+
+
+def test_each_batch_of_mixed_traffic_has_both_kinds(domains):
+    kinds = [{tuple(x) for x in d.held_out.unfold(0, 64, 64).tolist()} for d in domains.values()]
+    for batch in run.make_phases(domains, seed=0)[2].first.tolist():
+        assert [sum(tuple(request) in kind for request in batch) for kind in kinds] == [8, 8]
+
+
+def test_text_between_lasts_as_long_as_the_balancer_takes():
+    phase = traffic.Phase("prose", *(torch.arange(3).reshape(3, 1, 1),) * 3)
+    more = phase.batches_between()
+    assert [int(next(more)) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_the_corpus_depends_on_the_seed_alone(domains):
@@ -163,6 +312,109 @@ def test_the_corpus_depends_on_the_seed_alone(domains):
         assert all(map(np.array_equal, domains[name], again[name]))
         assert not np.array_equal(domains[name].held_out, other[name].held_out)
         assert max(int(part.max()) for part in domains[name]) < VOCAB_SIZE
+
+
+TOPOLOGY = Topology(2, 2)
+FOUND = np.asarray([[0, 1, 2, 0]], dtype=np.int32)
+
+
+def step(rank_load, load=(4, 2, 2), **changes):
+    fields = {
+        "tokens": 4,
+        "load": np.asarray([load]),
+        "rank_load": np.asarray([rank_load], dtype=float),
+        "seconds": 0.01,
+        "stall_seconds": 0.001,
+        "during_moves": False,
+        "settled": False,
+        "difference": 0.0,
+        "switched_layers": 0,
+        "moved_experts": 0,
+        "bytes_moved": 0,
+    }
+    return Step(**fields | changes)
+
+
+def record_of(*steps):
+    record = Record("prose", FOUND, TOPOLOGY)
+    record.steps += steps
+    return record
+
+
+def test_progress_shows_what_the_phase_found_and_its_last_batches():
+    slow = step([4, 4], seconds=0.05, during_moves=True, switched_layers=1, moved_experts=2, difference=3e-9)
+    progress = record_of(*[step([2, 6])] * 8, *[slow] * 7, step([2, 6])).progress(0.9, 3)
+    # Slots 0 and 1 of the placement found, half of expert 0 and expert 1, get 4 of 8 tokens.
+    assert progress.found == 1.0
+    assert progress.now == pytest.approx(8 * 4 / (7 * 4 + 6))
+    assert (progress.step, progress.steps_during_moves, progress.during_moves) == (16, 7, False)
+    assert (progress.moved_experts, progress.switched_layers, progress.decisions) == (14, 7, 3)
+    assert (progress.idle_ms, progress.moving_ms) == (pytest.approx(10), pytest.approx(50))
+    assert progress.stall_ms == pytest.approx(16)
+    assert (progress.difference, progress.predicted) == (3e-9, 0.9)
+    np.testing.assert_allclose(progress.rank_share, np.asarray([30, 34]) / 32)
+
+
+def test_a_phase_is_measured_before_and_after_apart_from_what_lies_between():
+    first = [step([3, 5], load=(2, 6, 0))] * 8
+    after = [step([4, 4], moved_experts=1, bytes_moved=10)] * 8
+    between = [step([0, 8], difference=1e-3)] * 5
+    result = record_of(*first, *between, *after, *between).result(after, {"balanced": 2}, 0.5, 0.25)
+    assert result.tokens == 32
+    np.testing.assert_array_equal(result.rank_load_before, [[8 * 7, 8 * 1]])
+    np.testing.assert_array_equal(result.rank_load_after, [[32, 32]])
+    assert (result.balancedness_before, result.balancedness_after) == (pytest.approx(4 / 7), 1.0)
+    assert (result.moved_experts, result.bytes_moved, result.max_abs_logit_difference) == (8, 80, 1e-3)
+    assert (result.planning_ms, result.moving_ms, result.decisions) == (500, 250, {"balanced": 2})
+    assert len(result.step_ms) == 26
+
+
+def test_a_difference_that_is_no_number_is_not_lost():
+    assert record_of(step([4, 4], difference=np.inf), step([4, 4])).progress(None, 0).difference == np.inf
+
+
+def a_progress(**changes):
+    fields = record_of(step([2, 6])).progress(0.93, 1)._asdict()
+    return Progress(**fields | changes)
+
+
+def test_lines_tell_where_moves_begin_and_end():
+    console = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
+    assert isinstance(make_view(console), LineView)
+    with make_view(console) as view:
+        for number in range(1, 18):
+            view.show(a_progress(step=number, during_moves=4 <= number <= 9))
+    lines = console.export_text().splitlines()
+    assert [int(line.split()[2]) for line in lines] == [4, 8, 10, 16]
+    assert ["predicted 0.930" in line for line in lines] == [True, True, False, False]
+    console.file.close()
+
+
+def test_the_live_table_fits_a_narrow_terminal():
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=80, file=nowhere, force_terminal=True)
+        view = make_view(console)
+        assert isinstance(view, LiveView)
+        for name in ("prose", "code"):
+            for number in range(1, 100):
+                view.show(a_progress(traffic=name, step=number, during_moves=number == 99, now=0.4 + number / 165))
+        console.print(view.render())
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for name in ("prose", "code "):
+        assert re.search(f"{name} +99  1.000 → 1.000 +0.930 +0 +0 +0 +10 / - ", text)
+    assert re.search("▃▃▄.*▇█+\n", text)
+    assert "code now: load of each rank / mean in layer 0" in text
+    assert re.search(r"rank 0 +█{6} +0\.50 *\n rank 1 +█{18} +1\.50", text)
+
+
+def test_of_very_many_ranks_the_busiest_are_drawn():
+    share = np.ones(40)
+    share[[3, 39]] = 0.5, 3.0
+    table = rank_bars({"": share})
+    assert list(table.columns[0].cells)[-1] == "rank 39"
+    assert table.row_count == 16
+    assert "rank 3" not in table.columns[0].cells
 
 
 def phase(**changes):
@@ -178,12 +430,17 @@ def phase(**changes):
         "planning_ms": 1.0,
         "moving_ms": 2.0,
         "max_abs_logit_difference": 0.0,
+        "stall_ms": 3.0,
+        "decisions": {"rebalance": 1, "balanced": 1},
+        "step_ms": np.asarray([10.0, 20.0, 60.0]),
+        "during_moves": np.asarray([False, True, True]),
     }
     return PhaseResult(**fields | changes)
 
 
-def demo_result(*phases):
-    return DemoResult(Topology(2, 20), "greedy", 0, TrainingResult(1, 1.0, 7.0, 6.0), phases, 1.0)
+def demo_result(*phases, use_async=True):
+    config = BalancerConfig(policy="greedy", use_async=use_async)
+    return DemoResult(Topology(2, 20), config, 0, TrainingResult(1, 1.0, 7.0, 6.0), phases, 1.0)
 
 
 def test_figures_over_all_phases():
@@ -192,6 +449,40 @@ def test_figures_over_all_phases():
     assert result["max_abs_logit_difference"] == 1e-9
     assert result["balancedness_before"] == pytest.approx(8 / 11)
     assert result["balancedness_after"] == 1.0
+    assert (result["policy"], result["slots_per_rank"], result["step_interval"]) == ("greedy", 20, 3000)
+    assert (result["steps"], result["steps_during_moves"], result["stall_ms"]) == (6, 4, 6.0)
+    assert result["step_ms"] == {"idle": 10.0, "moving": 40.0}
+    assert result["decisions"] == {"rebalance": 2, "balanced": 2}
+    assert result["phases"][0]["step_ms"] == {"idle": 10.0, "moving": 40.0}
+    json.dumps(result)
+
+
+def test_a_dash_sends_the_json_to_standard_output_alone(monkeypatch):
+    def show(_, console):
+        show_result(console, demo_result(phase()))
+        return demo_result(phase())
+
+    monkeypatch.setattr(run, "run_demo", show)
+    shown = CliRunner().invoke(app, ["demo", "--json", "-"])
+    assert json.loads(shown.stdout)["moved_experts"] == 3
+    assert "0.500 → 0.900" in shown.stderr
+
+
+def test_a_run_in_which_nothing_was_served_beside_moves_shows_nothing():
+    still = phase(during_moves=np.zeros(3, dtype=bool))
+    assert demo_result(still, phase()).problems() == []
+    (problem,) = demo_result(still, still).problems()
+    assert problem.startswith("no batch was served while weights moved")
+    assert demo_result(still, use_async=False).problems() == []
+
+
+def test_a_port_in_use_is_refused_before_the_training():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        result = CliRunner().invoke(app, [*SMALL, "--metrics-port", str(other.getsockname()[1])])
+    assert result.exit_code == 2
+    assert "`--metrics-port` must be free" in result.stderr
 
 
 @pytest.mark.parametrize(

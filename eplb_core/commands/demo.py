@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from eplb_core._checks import EplbError
-from eplb_core.commands._shared import JsonFile, fail, require_modules, write_json
+from eplb_core.commands._shared import JsonFile, console, fail, require_modules, write_json
 
 
 def demo(
@@ -14,28 +14,36 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps, about 0.1 s each.")] = 150,
     policy: Annotated[str | None, typer.Option(help="Policy of `rebalance`.", show_default="the library's")] = None,
     seed: Annotated[int, typer.Option(help="Seed of corpus, model and training.")] = 0,
+    interval: Annotated[int, typer.Option(min=1, max=100, help="Batches between decisions of the balancer.")] = 8,
+    sync: Annotated[bool, typer.Option("--sync", help="Let serving wait while weights move.")] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1; 0 for a free one."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Balance a small MoE model while its traffic shifts.
 
     Trains a Qwen3-MoE (4 layers, 32 experts, top-4) on Python's own documentation and sources for some seconds,
-    spreads its experts over several processes and serves held-out prose, then code, then both. Each time it counts
-    tokens per expert, makes a new placement, moves weights between the processes, and serves again.
+    spreads its experts over several processes and serves held-out prose, then code, then both, batch by batch.
+    Meanwhile a balancer counts tokens per expert, makes new placements, and moves weights between the processes.
+    Every batch is served by the unmodified model as well, to compare.
 
-    Exits with 1 if the balancedness after a move is below 0.85, if logits differ from the unmodified model's by
-    1e-4 or more, or if a process fails.
+    Exits with 1 if the balancedness of fresh batches, once the balancer has acted, is below 0.85, if logits of any
+    batch differ from the unmodified model's by 1e-4 or more, if no batch was served while weights moved (without
+    --sync), or if a process fails.
     """
     require_modules("cli,hf", "torch", "transformers", "rich")
+    if metrics_port is not None:
+        require_modules("cli,hf,metrics", "prometheus_client")
     from eplb_torch.demo.ranks import RankFailure, prepare_ranks
 
     prepare_ranks()
-    from rich.console import Console
-
     from eplb_torch.demo.run import DemoOptions, run_demo
 
-    options = DemoOptions(ranks, redundant, steps, policy, seed)
+    options = DemoOptions(ranks, redundant, steps, policy, seed, interval, not sync, metrics_port)
     try:
-        result = run_demo(options, Console(highlight=False))
+        result = run_demo(options, console(json_file))
     except EplbError as error:
         fail(f"eplb demo: {error}", code=2)
     except RankFailure as error:

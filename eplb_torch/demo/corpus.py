@@ -17,9 +17,9 @@ from torch import Tensor
 
 from eplb_core._checks import require
 
-_CHARACTERS = 600_000  # of each domain
+_CHARACTERS = 800_000  # of each domain
 _CHARACTERS_FOR_VOCABULARY = 100_000
-_HELD_OUT = 0.2
+_HELD_OUT = 0.4
 
 
 class Domain(NamedTuple):

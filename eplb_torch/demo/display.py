@@ -1,4 +1,6 @@
-"""How a run of the demo looks in a terminal."""
+"""How the results of the demo look in a terminal."""
+
+from collections.abc import Iterable
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -10,6 +12,7 @@ from rich.text import Text
 from eplb_torch.demo.results import MIN_BALANCEDNESS, DemoResult, PhaseResult
 
 _BAR_WIDTH = 24  # cells for the busiest rank
+_MAX_RANKS = 16  # rows of one table
 
 
 def training_bar(console: Console) -> Progress:
@@ -22,49 +25,83 @@ def show_phase(console: Console, phase: PhaseResult) -> None:
     """Print the loads of the ranks before and after, in the layer that was least balanced before."""
     before, after = phase.rank_load_before, phase.rank_load_after
     layer = int(np.argmin(before.mean(axis=1) / before.max(axis=1)))
-    shares = [loads[layer] / loads[layer].mean() for loads in (before, after)]
-    scale = _BAR_WIDTH / max(share.max() for share in shares)
-    table = Table(title=f"{phase.traffic}: load of each rank / mean, layer {layer}", title_justify="left", box=None)
-    table.add_column()
-    for heading in ("before", "after"):
-        table.add_column(heading, min_width=_BAR_WIDTH)
-        table.add_column(justify="right")
-    for rank in range(before.shape[1]):
-        cells: list[str | Text] = [f"rank {rank}"]
-        for share in shares:
-            style = "red" if share[rank] > 1 / MIN_BALANCEDNESS else "green"
-            cells += [Text("█" * max(round(share[rank] * scale), 1), style=style), f"{share[rank]:.2f}"]
-        table.add_row(*cells)
-    console.print(table)
+    shares = {"before": before[layer] / before[layer].mean(), "after": after[layer] / after[layer].mean()}
+    console.print(f"{phase.traffic}: load of each rank / mean, layer {layer}")
+    console.print(rank_bars(shares))
     console.print()
 
 
-def show_result(console: Console, result: DemoResult) -> None:
-    """Print one row per phase, and whether the promises were kept."""
-    table = Table(
-        title="balancedness = mean rank load / load of the busiest rank, over all layers",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+def rank_bars(shares: dict[str, np.ndarray], full: float = 0.0) -> Table:
+    """Draw a bar for each rank and each column of `shares`; of very many ranks, the busiest of the first column.
+
+    A bar has full length at the largest share, or at `full` where no share is larger.
+    """
+    scale = _BAR_WIDTH / max(full, *(float(share.max()) for share in shares.values()))
+    table = Table(box=None, show_header=any(shares))
+    table.add_column()
+    for heading in shares:
+        table.add_column(heading, min_width=_BAR_WIDTH)
+        table.add_column(justify="right")
+    busiest = np.argsort(-next(iter(shares.values())), kind="stable")[:_MAX_RANKS]
+    for rank in sorted(busiest.tolist()):
+        cells: list[str | Text] = [f"rank {rank}"]
+        for share in (float(share[rank]) for share in shares.values()):
+            style = "red" if share > 1 / MIN_BALANCEDNESS else "green"
+            cells += [Text("█" * max(round(share * scale), 1), style=style), f"{share:.2f}"]
+        table.add_row(*cells)
+    return table
+
+
+def new_table(headings: Iterable[str]) -> Table:
+    """Make a table of right-aligned columns after a first one of names. It must fit in 80 columns."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("\ntraffic")
-    for heading in (
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def show_result(console: Console, result: DemoResult) -> None:
+    """Print one row per phase."""
+    headings = (
         "\nbalancedness",
         "experts\nmoved",
-        "MB\nmoved",
-        "planning\nms",
-        "moving\nms",
-        "logit\ndifference",
-    ):
-        table.add_column(heading, justify="right")
+        "\nMB",
+        "batches\nmeanwhile",
+        "ms idle\n/moving",
+        "stall\nms",
+        "logit\ndiff.",
+    )
+    table = new_table(headings)
     for phase in result.phases:
-        difference = phase.max_abs_logit_difference
+        pace = phase.to_json()["step_ms"]
         table.add_row(
             phase.traffic,
             f"{phase.balancedness_before:.3f} → [bold]{phase.balancedness_after:.3f}[/]",
             f"{phase.moved_experts}",
             f"{phase.bytes_moved / 1e6:.1f}",
-            f"{phase.planning_ms:.1f}",
-            f"{phase.moving_ms:.1f}",
-            f"{difference:.1e}" if difference else "none",
+            f"{phase.steps_during_moves}",
+            f"{milliseconds(pace['idle'])} / {milliseconds(pace['moving'])}",
+            f"{phase.stall_ms:.0f}",
+            f"{difference(phase.max_abs_logit_difference)}",
         )
+    console.print("balancedness = mean rank load / load of the busiest rank, over all layers")
     console.print(table)
+
+
+def milliseconds(value: float | None) -> str:
+    """Write whole milliseconds; a dash for None and NaN.
+
+    >>> milliseconds(12.3), milliseconds(None)
+    ('12', '-')
+    """
+    return f"{value:.0f}" if value is not None and value == value else "-"
+
+
+def difference(value: float) -> str:
+    """Write a difference of logits.
+
+    >>> difference(0.0), difference(2.5e-9)
+    ('none', '2.5e-09')
+    """
+    return f"{value:.1e}" if value else "none"

@@ -15,6 +15,8 @@ VOCAB_SIZE = 1024
 
 _TOP_K = 4
 _HIDDEN = 64
+_EXPERT_HIDDEN = 32
+EXPERT_BYTES = 3 * _HIDDEN * _EXPERT_HIDDEN * 8  # of the float64 that `load_model` reads
 _SEQUENCES_PER_STEP = 8
 _SEQUENCE_LENGTH = 128  # tokens
 _LEARNING_RATE = 1e-2
@@ -34,7 +36,7 @@ def new_model(seed: int) -> PreTrainedModel:
             num_key_value_heads=2,
             num_experts=NUM_LOGICAL,
             num_experts_per_tok=_TOP_K,
-            moe_intermediate_size=32,
+            moe_intermediate_size=_EXPERT_HIDDEN,
             norm_topk_prob=True,
             router_aux_loss_coef=_BALANCING_LOSS,
             output_router_logits=True,

@@ -1,12 +1,15 @@
 """What a run of the demo found, and whether it kept its promises."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from eplb_core import Topology
+from eplb_torch.balancer_config import BalancerConfig
 
 MIN_BALANCEDNESS = 0.85
 MAX_LOGIT_DIFFERENCE = 1e-4
@@ -14,18 +17,24 @@ MAX_LOGIT_DIFFERENCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class PhaseResult:
-    """One kind of traffic, served before and after its experts were moved.
+    """One kind of traffic, from the first batch that showed it until the balancer had acted on it, and some more.
 
-    "Before" is measured under the placement that the phase found, "after" under the new one and on new tokens.
+    "Before" is the load of the phase's first batches under the placement that the phase found; "after" is that of as
+    many fresh batches, as they were served when the balancer had acted.
 
     traffic: what was served.
-    tokens: served before; as many were served after.
+    tokens: in the batches before; as many were in those after.
     balancedness_before, balancedness_after: sum of the layers' mean rank loads / sum of their maxima.
     rank_load_before, rank_load_after: `[layers, ep_size]` tokens per rank, each counted once for each of its experts.
     moved_experts: (layer, rank, expert) that a rank received.
     bytes_moved: payload between processes.
-    planning_ms, moving_ms: milliseconds on the slowest rank.
+    planning_ms: milliseconds of planning, on the slowest rank.
+    moving_ms: milliseconds in which weights were on their way, on the slowest rank.
     max_abs_logit_difference: from the unmodified model, over every logit of the phase.
+    stall_ms: serving time spent in the balancer's `step`, commits and waits included, on the slowest rank.
+    decisions: how many the balancer made, by reason.
+    step_ms: `[steps]` milliseconds from the beginning of each forward to the end of the balancer's `step`.
+    during_moves: `[steps]` whether weights were on their way meanwhile.
     """
 
     traffic: str
@@ -39,6 +48,20 @@ class PhaseResult:
     planning_ms: float
     moving_ms: float
     max_abs_logit_difference: float
+    stall_ms: float
+    decisions: dict[str, int]
+    step_ms: Float[np.ndarray, " steps"]
+    during_moves: Bool[np.ndarray, " steps"]
+
+    @property
+    def steps_during_moves(self) -> int:
+        """Batches served while weights were on their way."""
+        return int(self.during_moves.sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers, strings and lists."""
+        fields = {key: _plain(value) for key, value in asdict(self).items() if key != "during_moves"}
+        return fields | _pace([self])
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +84,7 @@ class DemoResult:
     """A whole run.
 
     topology: sizes of the group.
-    policy: of `rebalance`.
+    config: of the balancer.
     seed: of corpus, model and training.
     training: how the model came about.
     phases: what was served, in order.
@@ -69,7 +92,7 @@ class DemoResult:
     """
 
     topology: Topology
-    policy: str
+    config: BalancerConfig
     seed: int
     training: TrainingResult
     phases: tuple[PhaseResult, ...]
@@ -94,6 +117,8 @@ class DemoResult:
                     f"{phase.traffic}: logits differ from the unmodified model's by "
                     f"{phase.max_abs_logit_difference:.1e}, not less than {MAX_LOGIT_DIFFERENCE:.0e}"
                 )
+        if self.config.use_async and not any(phase.steps_during_moves for phase in self.phases):
+            found.append("no batch was served while weights moved, so serving beside moves was not shown")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -104,24 +129,47 @@ class DemoResult:
         return {
             "ep_size": self.topology.ep_size,
             "slots_per_rank": self.topology.slots_per_rank,
-            "policy": self.policy,
+            "policy": self.config.policy,
+            "use_async": self.config.use_async,
+            "step_interval": self.config.step_interval,
             "seed": self.seed,
-            "balancedness_before": _overall([phase.rank_load_before for phase in self.phases]),
-            "balancedness_after": _overall([phase.rank_load_after for phase in self.phases]),
+            "balancedness_before": overall_balancedness([phase.rank_load_before for phase in self.phases]),
+            "balancedness_after": overall_balancedness([phase.rank_load_after for phase in self.phases]),
             "max_abs_logit_difference": self.max_abs_logit_difference,
             "moved_experts": sum(phase.moved_experts for phase in self.phases),
             "bytes_moved": sum(phase.bytes_moved for phase in self.phases),
+            "stall_ms": sum(phase.stall_ms for phase in self.phases),
+            "decisions": dict(sum((Counter(phase.decisions) for phase in self.phases), Counter())),
+            **_pace(self.phases),
             "seconds": self.seconds,
             "problems": self.problems(),
             "training": asdict(self.training),
-            "phases": [_plain(phase) for phase in self.phases],
+            "phases": [phase.to_json() for phase in self.phases],
         }
 
 
-def _overall(rank_loads: list[np.ndarray]) -> float:
+def overall_balancedness(rank_loads: Sequence[Float[np.ndarray, "layers ep_size"]]) -> float:
+    """Return the balancedness of all layers of all arrays: sum of means / sum of maxima."""
     layers = np.concatenate(rank_loads)
     return float(layers.mean(axis=1).sum() / layers.max(axis=1).sum())
 
 
-def _plain(phase: PhaseResult) -> dict[str, Any]:
-    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in asdict(phase).items()}
+def median(values: Float[np.ndarray, " values"]) -> float:
+    """Return the median, or NaN of none."""
+    return float(np.median(values)) if values.size else float("nan")
+
+
+def _pace(phases: Sequence[PhaseResult]) -> dict[str, Any]:
+    """How many steps there were, and how long the median one took; None where there was none."""
+    step_ms = np.concatenate([phase.step_ms for phase in phases])
+    during_moves = np.concatenate([phase.during_moves for phase in phases])
+    parts = {"idle": step_ms[~during_moves], "moving": step_ms[during_moves]}
+    return {
+        "steps": len(step_ms),
+        "steps_during_moves": int(during_moves.sum()),
+        "step_ms": {name: median(values) if values.size else None for name, values in parts.items()},
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -1,6 +1,6 @@
 """The demo from end to end, as the parent of its ranks sees it."""
 
-import inspect
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,26 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
-from jaxtyping import Int
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from eplb_core import Topology, rebalance
-from eplb_core._checks import require
+from eplb_core import Topology
+from eplb_core._checks import EplbError, require
+from eplb_torch.balancer_config import BalancerConfig
 from eplb_torch.demo.corpus import Domain, read_domains
-from eplb_torch.demo.display import show_phase, show_result, training_bar
-from eplb_torch.demo.model import NUM_LOGICAL, VOCAB_SIZE, new_model, save_model, train
+from eplb_torch.demo.display import show_result, training_bar
+from eplb_torch.demo.live import make_view
+from eplb_torch.demo.model import EXPERT_BYTES, NUM_LOGICAL, VOCAB_SIZE, new_model, save_model, train
 from eplb_torch.demo.ranks import run_ranks
+from eplb_torch.demo.record import Progress
 from eplb_torch.demo.results import DemoResult, PhaseResult, TrainingResult
-from eplb_torch.demo.serving import Job, Phase, serve_phases
+from eplb_torch.demo.serving import Job, Listening, serve_phases
+from eplb_torch.demo.traffic import WINDOW_STEPS, make_phases
 
-REQUESTS = 128  # served before the move, and again after it, over all ranks
-REQUEST_LENGTH = 64  # tokens
 TIMEOUT = 240.0  # seconds for all that the ranks do
-STEP_TIMEOUT = 60.0  # seconds that a rank waits for the others
+GROUP_TIMEOUT = 60.0  # seconds that a rank waits for the others in one forward
+BALANCER_TIMEOUT = 20.0  # seconds of one step of the balancer; what is left of a forward's is for its votes
+MAX_RANKS = 128
+
+_BALANCED = 0.96  # balancedness that is left alone; what is missing from there on is mostly chance
+_STAGING_BYTES = 6 * EXPERT_BYTES  # about what a layer needs, so that layers switch one after another
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +41,11 @@ class DemoOptions:
     ranks: processes, between which the experts are spread.
     redundant: slots beyond one for each of the 32 experts; together they split evenly over the ranks.
     steps: of training.
-    policy: of `rebalance`; None for its default.
+    policy: of `rebalance`; None for the balancer's default.
     seed: of corpus, model and training.
+    interval: batches between decisions.
+    use_async: move weights while the model serves.
+    metrics_port: where to serve Prometheus metrics; 0 for a free port, None for nowhere.
     """
 
     ranks: int = 4
@@ -46,6 +53,9 @@ class DemoOptions:
     steps: int = 150
     policy: str | None = None
     seed: int = 0
+    interval: int = WINDOW_STEPS
+    use_async: bool = True
+    metrics_port: int | None = None
 
 
 def run_demo(options: DemoOptions, console: Console) -> DemoResult:
@@ -64,57 +74,52 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     """
     start = time.monotonic()
     topology = Topology.from_experts(NUM_LOGICAL, options.ranks, num_redundant=options.redundant)
-    policy = options.policy or inspect.signature(rebalance).parameters["policy"].default
-    _check(options, topology, policy)
+    config = _configure(options, topology)
     with console.status("reading the standard library"):
         domains = read_domains(VOCAB_SIZE, options.seed)
     with TemporaryDirectory(prefix="eplb-") as folder:
         training = _train_into(Path(folder), domains, options, console)
-        job = Job(Path(folder), topology, policy, make_phases(domains, options.seed), STEP_TIMEOUT)
-        phases = tuple(_serve(job, console))
-    result = DemoResult(topology, policy, options.seed, training, phases, time.monotonic() - start)
+        phases = make_phases(domains, options.seed)
+        job = Job(Path(folder), topology, config, phases, options.metrics_port, GROUP_TIMEOUT)
+        served = tuple(_serve(job, console))
+    result = DemoResult(topology, config, options.seed, training, served, time.monotonic() - start)
     show_result(console, result)
     return result
 
 
-def make_phases(domains: Mapping[str, Domain], seed: int) -> tuple[Phase, ...]:
-    """Cut the held-out text into requests, which arrive in random order. No text is served twice.
-
-    Returns:
-        Prose, code, and a mix of both, each with `REQUESTS` requests to measure and as many fresh ones.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    left = {}
-    for name, domain in domains.items():
-        requests = domain.held_out.unfold(0, REQUEST_LENGTH, REQUEST_LENGTH)
-        left[name] = requests[torch.randperm(len(requests), generator=generator)]
-
-    def take(name: str, count: int) -> Int[Tensor, "requests length"]:
-        taken, left[name] = left[name].tensor_split([count])
-        require(
-            len(taken) == count,
-            "`make_phases(domains=...)` must have enough held-out text",
-            f"{len(taken)} requests of {name} where {count} are needed",
-            "Use a Python with a complete standard library.",
-        )
-        return taken
-
-    def mix() -> Int[Tensor, "requests length"]:
-        return torch.stack([take(name, REQUESTS // len(domains)) for name in domains], dim=1).flatten(0, 1)
-
-    pure = [Phase(name, take(name, REQUESTS), take(name, REQUESTS)) for name in domains]
-    return (*pure, Phase("mix", mix(), mix()))
-
-
-def _check(options: DemoOptions, topology: Topology, policy: str) -> None:
+def _configure(options: DemoOptions, topology: Topology) -> BalancerConfig:
+    """Refuse what cannot be met before anything is trained."""
     require(
-        1 <= options.ranks <= REQUESTS and options.steps >= 1,
-        f"the demo must have 1 to {REQUESTS} ranks and at least one step",
+        1 <= options.ranks <= MAX_RANKS and options.steps >= 1,
+        f"the demo must have 1 to {MAX_RANKS} ranks and at least one step",
         f"ranks={options.ranks}, steps={options.steps}",
         "Choose other numbers.",
     )
-    # An unknown policy is refused here, before the training.
-    rebalance(np.ones((1, NUM_LOGICAL), dtype=np.int64), topology, policy=policy)
+    _check_port(options.metrics_port)
+    config = BalancerConfig(
+        window_size=WINDOW_STEPS,
+        step_interval=options.interval,
+        use_async=options.use_async,
+        policy=options.policy or BalancerConfig().policy,
+        threshold=_BALANCED,
+        timeout=BALANCER_TIMEOUT,
+        max_staging_bytes=_STAGING_BYTES,
+    )
+    config.model(topology, NUM_LOGICAL, EXPERT_BYTES)
+    return config
+
+
+def _check_port(port: int | None) -> None:
+    if not port:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise EplbError(
+                f"the demo's `--metrics-port` must be free; got {port}: {error}. Use another one, or 0 for any."
+            ) from error
 
 
 def _train_into(folder: Path, domains: Mapping[str, Domain], options: DemoOptions, console: Console) -> TrainingResult:
@@ -149,16 +154,19 @@ def _one_thread() -> Iterator[None]:
 
 def _serve(job: Job, console: Console) -> Iterator[PhaseResult]:
     """Run the ranks and show what they report as it comes."""
-    topology = job.topology
+    topology, config = job.topology, job.config
     console.print(
-        f"Serving it on {topology.ep_size} processes with {topology.slots_per_rank} slots per layer each; "
-        f"policy {job.policy}.\n"
+        f"Serving it on {topology.ep_size} processes with {topology.slots_per_rank} slots per layer each.\n"
+        f"Policy {config.policy}; a decision every {config.step_interval} batches, "
+        f"weights moved {'beside serving' if config.use_async else 'while serving waits'}.\n"
     )
-    messages = run_ranks(serve_phases, topology.ep_size, job, timeout=TIMEOUT, group_timeout=STEP_TIMEOUT)
-    with console.status("starting ranks") as status:
+    messages = run_ranks(serve_phases, topology.ep_size, job, timeout=TIMEOUT, group_timeout=job.group_timeout)
+    with make_view(console) as view:
         for message in messages:
-            if isinstance(message, PhaseResult):
-                show_phase(console, message)
-                yield message
+            if isinstance(message, Listening):
+                console.print(f"Metrics of rank 0: http://127.0.0.1:{message.port}/metrics\n")
+            elif isinstance(message, Progress):
+                view.show(message)
             else:
-                status.update(message)
+                view.show_phase(message)
+                yield message

@@ -1,36 +1,31 @@
-"""What one rank does: serve, count, plan, move, serve again. The library in use, from end to end."""
+"""What one rank does: serve batch after batch, while an `ExpertBalancer` moves weights beside it."""
 
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from eplb_core import Topology, model_balancedness, moved_experts, plan_moves, rank_load, rebalance, verify_plan
-from eplb_torch import ProcessGroupTransport, RearrangeReport, rearrange
+from eplb_core import Topology, moved_experts, rank_load
+from eplb_torch.balancer import ExpertBalancer
+from eplb_torch.balancer_config import BalancerConfig
+from eplb_torch.demo.ledger import Ledger
 from eplb_torch.demo.model import load_model
 from eplb_torch.demo.ranks import Send
+from eplb_torch.demo.record import Record, Step
 from eplb_torch.demo.results import PhaseResult
-from eplb_torch.integrations.huggingface import ExpertParallelModel, expert_parallel
+from eplb_torch.demo.traffic import WINDOW_STEPS, Phase
+from eplb_torch.integrations.huggingface import expert_parallel
+from eplb_torch.metrics import BalancerMetrics
+from eplb_torch.transport import ProcessGroupTransport
 
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A stretch of traffic of one kind.
-
-    traffic: its kind.
-    measured: `[requests, length]` tokens served first, from whose load the new placement is made.
-    fresh: `[requests, length]` other tokens, served after the move.
-    """
-
-    traffic: str
-    measured: Int[Tensor, "requests length"]
-    fresh: Int[Tensor, "requests length"]
+_FIGURES = 5  # that a rank tells the others after a step, besides its load
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,97 +34,148 @@ class Job:
 
     folder: where `save_model` wrote the model.
     topology: sizes of the group.
-    policy: of `rebalance`.
+    config: of the balancer.
     phases: in their order.
-    timeout: seconds for each step of moving weights.
+    metrics_port: where rank 0 serves its metrics over HTTP; 0 for a free port, None for nowhere.
+    group_timeout: seconds that a rank may wait for the others in one collective.
     """
 
     folder: Path
     topology: Topology
-    policy: str
+    config: BalancerConfig
     phases: tuple[Phase, ...]
-    timeout: float
+    metrics_port: int | None
+    group_timeout: float
+
+
+class Listening(NamedTuple):
+    """Metrics are served on a port of this machine from now on."""
+
+    port: int
 
 
 @torch.no_grad()
 def serve_phases(rank: int, send: Send, job: Job) -> None:
-    """Serve all phases as one of the ranks. Rank 0 sends what it is about to do, and a `PhaseResult` per phase."""
+    """Serve all phases as one of the ranks.
+
+    Rank 0 sends a `Listening` if it serves metrics, then a `Progress` after every step and a `PhaseResult` after
+    every phase.
+    """
     if rank != 0:
         send = _discard
-    send("loading the model")
-    unmodified = load_model(job.folder)
-    experts = expert_parallel(load_model(job.folder), job.topology)
+    metrics = None
+    if rank == 0 and job.metrics_port is not None:
+        metrics = BalancerMetrics(["main"], labels={"ep_rank": "0"})
+        send(Listening(metrics.serve(job.metrics_port).port))
+    server = Server(job, Ledger(metrics))
     for phase in job.phases:
-        old = experts.placement
-        send(f"serving {phase.traffic}")
-        load_before, difference_before = _serve(experts, unmodified, phase.measured)
-        send(f"moving experts for {phase.traffic}")
-        planning, moving, report = _rebalance(experts, load_before, job)
-        send(f"serving more {phase.traffic}")
-        load_after, difference_after = _serve(experts, unmodified, phase.fresh)
-        new, topology = experts.placement, job.topology
-        send(
-            PhaseResult(
-                traffic=phase.traffic,
-                tokens=phase.measured.numel(),
-                balancedness_before=float(model_balancedness(old, load_before, topology)),
-                balancedness_after=float(model_balancedness(new, load_after, topology)),
-                rank_load_before=np.asarray(rank_load(old, load_before, topology)),
-                rank_load_after=np.asarray(rank_load(new, load_after, topology)),
-                moved_experts=int(moved_experts(old, new, topology).sum()),
-                bytes_moved=int(_reduce(report.bytes_received, dist.ReduceOp.SUM)),
-                planning_ms=1e3 * _reduce(planning, dist.ReduceOp.MAX),
-                moving_ms=1e3 * _reduce(moving, dist.ReduceOp.MAX),
-                max_abs_logit_difference=max(difference_before, difference_after),
-            )
+        send(_serve_phase(server, phase, send))
+    server.balancer.close()
+
+
+class Server:
+    """This rank's part of the model, the balancer of its experts, and the unmodified model to compare with.
+
+    A collective, as is `step`: all ranks build it, and serve the same batches.
+
+    Args:
+        job: what to serve.
+        ledger: where the balancer's figures go.
+    """
+
+    def __init__(self, job: Job, ledger: Ledger):
+        self.topology, self.ledger = job.topology, ledger
+        self._unmodified = load_model(job.folder)
+        self.experts = expert_parallel(load_model(job.folder), job.topology)
+        # The balancer's messages travel at the same time as the model's, hence on a group of their own.
+        own_group: Any = dist.new_group(timeout=timedelta(seconds=job.group_timeout))
+        transport = ProcessGroupTransport(own_group)
+        self.balancer = ExpertBalancer(self.experts, transport, job.config, metrics=ledger)
+        self._decisions_needed = 1 + -(-WINDOW_STEPS // job.config.step_interval)
+        self._rank, self._size = transport.rank, transport.size
+
+    def step(self, requests: Int[Tensor, "requests length"]) -> Step:
+        """Serve one batch, let the balancer do what is due, and compare with the unmodified model."""
+        share = requests.tensor_split(self._size)[self._rank]
+        served_by, during_moves = self.experts.placement, self._moving
+        start = time.perf_counter()
+        logits = self._forward(share if len(share) else None)
+        served = time.perf_counter()
+        load = self.experts.take_load()
+        self.balancer.step(load if self.balancer.recording else None)
+        end = time.perf_counter()
+        figures = [end - start, end - served, during_moves, not self._settled, self._difference(logits, share)]
+        return self._join(requests.numel(), served_by, figures, load)
+
+    @property
+    def _moving(self) -> bool:
+        return self.balancer.state.models["main"].target is not None
+
+    @property
+    def _settled(self) -> bool:
+        """The first decisions of a phase may still rest on the traffic before it."""
+        return self.ledger.decisions.total() >= self._decisions_needed and not self._moving
+
+    def _forward(self, share: Int[Tensor, "requests length"] | None) -> Tensor | None:
+        if share is not None:
+            return self.experts.model(share).logits
+        with self.experts.idle():
+            self.experts.model(torch.zeros((1, 1), dtype=torch.int64))
+        return None
+
+    def _difference(self, logits: Tensor | None, share: Int[Tensor, "requests length"]) -> float:
+        if logits is None:
+            return 0.0
+        return (logits - self._unmodified(share).logits).abs().nan_to_num(nan=torch.inf).max().item()
+
+    def _join(self, tokens: int, served_by: np.ndarray, figures: list, load: Int[Tensor, "layers logical"]) -> Step:
+        """Put together what all ranks have seen. The same on all ranks."""
+        mine = torch.cat([torch.tensor(figures, dtype=torch.float64), load.flatten()])
+        everyones = [torch.empty_like(mine) for _ in range(self._size)]
+        dist.all_gather(everyones, mine)
+        table = torch.stack(everyones)
+        seconds, stall, during_moves, unsettled, difference = table[:, :_FIGURES].amax(dim=0).tolist()
+        group_load = table[:, _FIGURES:].sum(dim=0).reshape(load.shape).to(torch.int64).numpy()
+        placement, topology = self.experts.placement, self.topology
+        moved = np.asarray(moved_experts(served_by, placement, topology))
+        row_bytes = [self.experts.weights.row_bytes(layer) for layer in range(len(moved))]
+        return Step(
+            tokens=tokens,
+            load=group_load,
+            rank_load=np.asarray(rank_load(served_by, group_load, topology)),
+            seconds=seconds,
+            stall_seconds=stall,
+            during_moves=bool(during_moves),
+            settled=not unsettled,
+            difference=difference,
+            switched_layers=int((placement != served_by).any(axis=1).sum()),
+            moved_experts=int(moved.sum()),
+            bytes_moved=int(moved @ row_bytes),
         )
 
 
-def _serve(
-    experts: ExpertParallelModel, unmodified: PreTrainedModel, requests: Int[Tensor, "requests length"]
-) -> tuple[Int[np.ndarray, "layers logical"], float]:
-    """Serve this rank's share of the requests.
+def _serve_phase(server: Server, phase: Phase, send: Send) -> PhaseResult:
+    """Serve the first batches, others until the balancer has acted, then fresh ones, until nothing moves any more."""
+    ledger, more = server.ledger, phase.batches_between()
+    ledger.begin()
+    record = Record(phase.traffic, server.experts.placement, server.topology)
 
-    Returns:
-        The load that all ranks saw together, and the largest difference of any of their logits from those of the
-        unmodified model.
-    """
-    share = requests.tensor_split(dist.get_world_size())[dist.get_rank()]
-    experts.reset_load()
-    logits = experts.model(share).logits
-    load = experts.load()
-    dist.all_reduce(load)
-    difference = (logits - unmodified(share).logits).abs().nan_to_num(nan=torch.inf).max().item()
-    return load.numpy(), _reduce(difference, dist.ReduceOp.MAX)
+    def serve(requests: Int[Tensor, "requests length"]) -> Step:
+        step = server.step(requests)
+        record.steps.append(step)
+        send(record.progress(ledger.predicted, ledger.decisions.total()))
+        return step
 
-
-def _rebalance(
-    experts: ExpertParallelModel, load: Int[np.ndarray, "layers logical"], job: Job
-) -> tuple[float, float, RearrangeReport]:
-    """Make a placement for the load, move weights to it and route by it.
-
-    Returns:
-        Seconds of planning, seconds of moving, and what this rank sent and received.
-    """
-    start = time.perf_counter()
-    old = experts.placement
-    new = rebalance(load, job.topology, policy=job.policy, previous=old)
-    plan = plan_moves(old, new, job.topology)
-    planned = time.perf_counter()
-    violations = verify_plan(old, new, plan, job.topology)
-    assert not violations, violations
-    # No rank's clock shall count another rank's planning.
-    dist.barrier()
-    begun = time.perf_counter()
-    report = rearrange(experts.weights, plan, job.topology, ProcessGroupTransport(), timeout=job.timeout)
-    experts.commit(new)
-    return planned - start, time.perf_counter() - begun, report
-
-
-def _reduce(value: float, op: dist.ReduceOp.RedOpType) -> float:
-    tensor = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(tensor, op)
-    return tensor.item()
+    step = [serve(requests) for requests in phase.first][-1]
+    while not step.settled:
+        step = serve(next(more))
+    after = [serve(requests) for requests in phase.fresh]
+    step = after[-1]
+    while not step.settled:
+        step = serve(next(more))
+    seconds = torch.tensor([ledger.seconds["planning"], ledger.seconds["prepare"]], dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return record.result(after, dict(ledger.decisions), *seconds.tolist())
 
 
 def _discard(_: object) -> None:
