@@ -183,8 +183,8 @@ def _break_even_scale(candidates: list[Candidate], baselines: dict[Topology, Rep
         replay = candidate.replay
         moving = float((replay.critical_path_seconds - replay.serving_seconds).sum())
         bases = next(iter(baselines.values())), baselines[replay.configuration.topology]
-        totals = [base.serving_seconds.sum() for base in bases]
-        left = [total * (1 - minimum) - replay.serving_seconds.sum() for total in totals]
+        totals = [float(base.serving_seconds.sum()) for base in bases]
+        left = [total * (1 - minimum) - float(replay.serving_seconds.sum()) for total in totals]
         if min(left) > 0:
             factors.append(moving / min(left))
     return min(factors, default=None)

@@ -79,7 +79,7 @@ class Configuration:
             "Check the spelling.",
         )
         require(
-             self.interval is None or (isinstance(self.interval, int) and self.interval >= 1),
+            self.interval is None or (isinstance(self.interval, int) and self.interval >= 1),
             "`Configuration(interval=...)` must be None or an integer >= 1",
             f"interval={self.interval!r}",
             "Count windows; None plans once.",

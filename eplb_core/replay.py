@@ -66,7 +66,7 @@ class Replay(NamedTuple):
     @property
     def planning_seconds(self) -> float:
         """Wall-clock time of the policy over all events: the one figure that differs from run to run."""
-        return sum(event.planning_seconds for event in self.events)
+        return float(sum(event.planning_seconds for event in self.events))
 
     @property
     def serving_seconds(self) -> np.ndarray:

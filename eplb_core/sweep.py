@@ -133,7 +133,7 @@ def _parallel(task: _Task, jobs: int, progress: Progress | None) -> list[Replay]
                     progress(sum(served), task.num_windows)
         except BaseException:
             stop.value = 1
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]
 

@@ -12,7 +12,7 @@ from eplb_core.costs import Costs, Links
 from eplb_core.replay import Gain
 
 WINDOWS, LAYERS, EXPERTS, RANKS = 32, 3, 16, 4
-CHEAP = Costs(bytes_per_expert=1000, links=Links(latency=0))
+CHEAP = Costs(bytes_per_expert=1000, links=Links(latency=0.0))
 SWEEP = {"policies": ["incremental", "greedy"], "costs": CHEAP}
 
 
@@ -91,6 +91,20 @@ def test_few_tokens_do_not_pay_for_moves_and_the_advice_says_how_many_would():
     assert advise(load, RANKS, policies=["incremental"], costs=more).recommend
     less = Costs(bytes_per_expert=10**7, scale=advice.break_even_scale / 3)
     assert not advise(load, RANKS, policies=["incremental"], costs=less).recommend
+
+
+def test_at_the_break_even_scale_the_best_gains_just_the_minimum():
+    costs = Costs(bytes_per_expert=10**7)
+    options = {"policies": ["greedy"], "redundancies": [0, 4, 16]}
+    found = advise(stable(tokens=60), RANKS, minimum_gain=0.1, costs=costs, **options)
+    exact = Costs(bytes_per_expert=10**7, scale=found.break_even_scale)
+    at = advise(stable(tokens=60), RANKS, minimum_gain=0.1, costs=exact, **options)
+    assert max(min(c.gain.share, c.gain_over_even.share) for c in at.candidates) == pytest.approx(0.1)
+    assert at.break_even_scale == pytest.approx(1)
+
+
+def test_what_no_traffic_would_pay_for_has_no_break_even_scale():
+    assert advise(balanced(), RANKS, **SWEEP).break_even_scale is None
 
 
 def test_moves_that_are_overlapped_cost_nothing():

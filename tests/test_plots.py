@@ -114,7 +114,8 @@ def test_transfers_are_shown_in_bytes_with_nodes_apart(replays):
     figure = plots.transfers(matrix, TOPOLOGY, bytes_per_expert=2 * 10**6, title="plan")
     np.testing.assert_allclose(images(figure)[0], matrix * 2.0)
     axis = figure.axes[0]
-    assert len(axis.get_lines()) == 2  # one border between two nodes, each way
+    across, down = axis.get_lines()  # one border between two nodes, each way
+    assert set(across.get_ydata()) == set(down.get_xdata()) == {1.5}
     written = texts(figure)
     assert {"MB", "sending rank", "receiving rank", f"plan: {matrix.sum()} experts, {2 * matrix.sum()} MB"} <= set(
         written

@@ -11,13 +11,14 @@ from eplb_core.advice import explain
 from eplb_core.advise import advise
 from eplb_core.configuration import grid
 from eplb_core.costs import Costs, Links
+from eplb_core.replay import gain
 from eplb_core.report import report
 from eplb_core.sweep import sweep
 
 pytest.importorskip("matplotlib")
 
 TOPOLOGY = Topology(ep_size=4, slots_per_rank=3)
-COSTS = Costs(bytes_per_expert=1_500_000, scale=50, links=Links(latency=0))
+COSTS = Costs(bytes_per_expert=1_500_000, scale=50.0, links=Links(latency=0.0))
 VOID = {"meta", "img", "br"}
 
 
@@ -92,6 +93,8 @@ def test_the_table_holds_the_figures(page, replays):
         row = text.index(replay.configuration.label)
         assert f"{replay.mean_balancedness:.3f}" in text[row : row + 6]
         assert f"{replay.moved_experts:,}" in text[row : row + 10]
+    last = text.index(replays[2].configuration.label)
+    assert f"{gain(replays[2], replays[0]).share:+.1%}" in text[last : last + 20]
     assert "16 windows, 3 layers, 10 experts" in text
     assert "4, 3 slots each, 2 redundant experts" in text
     assert "1.5 MB" in text

@@ -1,6 +1,9 @@
 """Replays: what is planned when, what is judged under which placement, and what it is said to cost."""
 
+import multiprocessing
 import os
+import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,7 +21,7 @@ from eplb_core.testing import model_moved, model_rank_load
 
 TOPOLOGY = Topology(ep_size=4, slots_per_rank=3, num_nodes=2)
 SHAPE = (9, 2, 10)  # windows, layers, experts
-FREE = Costs(bytes_per_expert=100, seconds_per_token=0.5, links=Links(1000, 100, 0.25))
+FREE = Costs(bytes_per_expert=100, seconds_per_token=0.5, links=Links(1000.0, 100.0, 0.25))
 
 
 def trace(seed=0, shape=SHAPE, drift=0.3):
@@ -171,6 +174,31 @@ def test_a_plan_must_pay_for_itself_within_the_horizon(scale, reason):
     assert replay.events[0].planning_seconds > 0
 
 
+def test_horizon_and_return_weigh_savings_against_moves():
+    load = trace()
+    (event,) = simulate(load, TOPOLOGY, policy="refined", interval=None, horizon=1, min_return=0.0, costs=FREE).events
+    ratio = event.decision.saved_seconds / event.decision.cost_seconds  # within one window, of the whole plan
+    costs = replace(FREE, scale=1 / ratio)  # one window pays for the plan exactly
+
+    def carried_out(**gates):
+        replay = simulate(load, TOPOLOGY, policy="refined", interval=None, costs=costs, **gates)
+        return replay.moved_experts
+
+    everything = carried_out(horizon=100)
+    assert everything == event.migration.moved_experts
+    assert carried_out(horizon=100, min_return=1000.0) == 0
+    assert carried_out(horizon=100_000, min_return=1000.0) == everything
+    assert carried_out(horizon=1, min_return=50.0) == 0
+
+
+def test_hysteresis_waits_until_balance_has_fallen_by_it():
+    load = trace(drift=0.6)
+    seen = [event.decision.balancedness for event in simulate(load, TOPOLOGY, threshold=1e-9).events]
+    level, lowest = max(seen) + 0.01, min(seen)
+    assert simulate(load, TOPOLOGY, threshold=level).moved_experts > 0
+    assert simulate(load, TOPOLOGY, threshold=level, hysteresis=level - lowest + 0.01).moved_experts == 0
+
+
 def test_a_gate_that_lets_everything_through_changes_nothing_but_needless_plans():
     load = trace(drift=1.0)
     plain, gated = simulate(load, TOPOLOGY, interval=2), simulate(load, TOPOLOGY, interval=2, threshold=1.0)
@@ -183,8 +211,14 @@ def test_migration_takes_as_long_as_the_busiest_rank():
     topology = Topology(ep_size=4, slots_per_rank=2, num_nodes=2)
     # Rank 0 receives 2 from rank 1 (its node) and 6 from rank 3 (across); rank 2 receives 6 from rank 3.
     new = np.asarray([[2, 6, 2, 3, 4, 6, 6, 7]])
-    cost = migration_cost(old, new, topology, Costs(bytes_per_expert=600, links=Links(300, 100, 0.5)))
+    cost = migration_cost(old, new, topology, Costs(bytes_per_expert=600, links=Links(300.0, 100.0, 0.5)))
     assert cost == (3, 1800, 600, 2, 8 + 2 * 0.5)  # rank 0: 2 s within and 6 s across; rank 3 sends as long
+
+
+def test_sending_may_take_longer_than_receiving():
+    old, new = np.asarray([[0, 1, 2, 3, 4, 5, 6, 7]]), np.asarray([[0, 1, 2, 0, 4, 0, 6, 1]])
+    cost = migration_cost(old, new, Topology(ep_size=4, slots_per_rank=2), Costs(600, links=Links(300.0, 100.0, 0.0)))
+    assert cost == (3, 1800, 0, 3, 6.0)  # rank 0 sends to each of the others
 
 
 def test_a_slot_that_moves_within_its_rank_costs_nothing():
@@ -217,7 +251,7 @@ def test_overlapped_moves_take_no_time():
 
 
 def test_scale_multiplies_serving_and_not_moving():
-    once, tenfold = (simulate(trace(), TOPOLOGY, costs=Costs(scale=scale)) for scale in (1, 10))
+    once, tenfold = (simulate(trace(), TOPOLOGY, costs=Costs(scale=scale)) for scale in (1.0, 10.0))
     np.testing.assert_allclose(tenfold.serving_seconds, 10 * once.serving_seconds)
     np.testing.assert_array_equal(tenfold.migration_seconds, once.migration_seconds)
 
@@ -318,6 +352,20 @@ def test_an_error_names_its_configuration(jobs):
         sweep(trace(), grid(TOPOLOGY, policy=["static", fail]), jobs=jobs)
 
 
+def dawdle(load, topology, previous):
+    """A policy that takes its time."""
+    time.sleep(1.5)
+    return previous
+
+
+def test_the_others_stop_when_one_fails():
+    start = time.monotonic()
+    with pytest.raises(SimulationError, match="'fail'"):
+        sweep(trace(shape=(60, 2, 10)), grid(TOPOLOGY, policy=[dawdle, fail]), jobs=2)
+    assert time.monotonic() - start < 60  # of 90 seconds
+    assert multiprocessing.active_children() == []
+
+
 def test_a_process_that_dies_is_an_error_and_not_a_hang():
     with pytest.raises(SimulationError, match="ended before its work did"):
         sweep(trace(), grid(TOPOLOGY, policy=["static", die]), jobs=2)
@@ -353,7 +401,7 @@ def test_labels_say_all_that_differs():
         hysteresis=0.1,
         min_gain=0.02,
         horizon=8,
-        min_return=2,
+        min_return=2.0,
         start="even",
         options={"tolerance": 0.1},
     )

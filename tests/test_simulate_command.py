@@ -14,6 +14,7 @@ import pytest
 from eplb_core import Topology
 from eplb_core.advise import advise
 from eplb_core.costs import Costs, Links
+from eplb_core.replay import gain
 from eplb_core.simulate import simulate
 from eplb_core.trace import write_trace
 
@@ -56,12 +57,14 @@ def test_simulate_reports_what_the_library_finds(load, trace, tmp_path):
         tmp_path, "simulate", trace, "--ranks", 4, "--redundant", 4, "--policy", "greedy", "--policy", "incremental"
     )
     assert [row["policy"] for row in found["policies"]] == ["greedy", "incremental"]
+    static = simulate(load, Topology(4, 5), policy="static")
     for row in found["policies"]:
         replay = simulate(load, Topology(4, 5), policy=row["policy"])
         assert row["mean_balancedness"] == pytest.approx(replay.mean_balancedness)
         assert row["moved_experts"] == replay.moved_experts
         assert row["bytes_moved"] == replay.moved_experts * 44_040_192
         assert row["planning_seconds"] > 0
+        assert row["gain"]["share"] == pytest.approx(gain(replay, static).share)
         assert row["mean_balancedness"] <= row["bound_balancedness"] <= 1
         assert len(row["events"]) == WINDOWS - 1
     assert [row["label"] for row in found["baselines"]] == ["static", "refined, once"]
@@ -134,7 +137,7 @@ def test_processes_change_nothing(trace, tmp_path):
 def test_advise_agrees_with_the_library(load, trace, tmp_path):
     args = ["--ranks", 4, "--policy", "greedy", "--interval", 4, "--max-redundant", 4, "--bytes-per-expert", 1000]
     found = run_json(tmp_path, "advise", trace, *args, "--latency-us", 0)
-    costs = Costs(bytes_per_expert=1000, links=Links(latency=0))
+    costs = Costs(bytes_per_expert=1000, links=Links(latency=0.0))
     advice = advise(load, 4, policies=["greedy"], intervals=[4], max_redundant=4, costs=costs)
     assert found["recommend"] is advice.recommend is True
     assert found["verdict"] == "enable"

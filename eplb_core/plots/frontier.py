@@ -72,7 +72,7 @@ def _kinds(replays: Sequence[Replay]) -> list[int]:
 def _name(axis: Any, labels: Sequence[str], x: np.ndarray, y: np.ndarray, kinds: Sequence[int]) -> None:
     """Write each label beside its point, towards the middle of the picture, all at different heights."""
     left = x > 0.3 * x.max()
-    for index, at in enumerate(spread(y.tolist(), text_height(axis, 8))):
+    for index, at in enumerate(spread(y.tolist(), text_height(axis, 8.0))):
         # Labels to the left start before the whole cluster of points, so that none lies on a marker.
         cluster = x[left & (x > x[index] / 3)] if left[index] else x[[index]]
         axis.annotate(

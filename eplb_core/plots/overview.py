@@ -20,7 +20,7 @@ def overview(load: Any, replays: Sequence[Replay], *, bound: Any = None, title: 
         title: above everything.
         figure: to draw into.
     """
-    figure = new_figure(figure, 12, 8)
+    figure = new_figure(figure, 12.0, 8.0)
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.1, 1])
     timeline(replays, bound=bound, figure=upper)
     left, right = lower.subfigures(1, 2, width_ratios=[1, 1.3])

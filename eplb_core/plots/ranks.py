@@ -29,7 +29,7 @@ def rank_loads(
         titles: of the two panels; the mean balancedness is written below each.
         figure: to draw into.
     """
-    figure = new_figure(figure, 8, 4)
+    figure = new_figure(figure, 8.0, 4.0)
     shares = [_over_mean(rank_load(placement, load, topology)) for placement in (before, after)]
     highest = max(float(share.max()) for share in shares)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)

@@ -24,7 +24,7 @@ def replicas(
     import matplotlib
     from matplotlib.colors import BoundaryNorm
 
-    figure = new_figure(figure, 8, 3.6)
+    figure = new_figure(figure, 8.0, 3.6)
     axis = figure.subplots()
     count = np.asarray(derive_maps(physical_to_logical, num_logical).replica_count)
     low, most = min(int(count.min()), 1), int(count.max())

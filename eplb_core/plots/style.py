@@ -44,7 +44,7 @@ def check_ending(file: Path | str) -> None:
     Raises:
         EplbError: listing the endings.
     """
-    known = new_figure(None, 1, 1).canvas.get_supported_filetypes()
+    known = new_figure(None, 1.0, 1.0).canvas.get_supported_filetypes()
     ending = Path(file).suffix.lower().removeprefix(".")
     require(
         ending in known,
@@ -109,7 +109,7 @@ def text_height(axis: Any, size: float, share: float = 0.8) -> float:
     return (high - low) * size * 1.3 / 72 / inches
 
 
-def label_ends(axis: Any, ends: Sequence[tuple[float, str, str]], *, share: float, size: float = 9) -> None:
+def label_ends(axis: Any, ends: Sequence[tuple[float, str, str]], *, share: float, size: float = 9.0) -> None:
     """Write at the right end of each curve what it is, in its colour.
 
     Args:

@@ -27,7 +27,7 @@ def timeline(
         labels: names of the curves; by default the configurations' labels.
         figure: to draw into.
     """
-    figure = new_figure(figure, 9, 4.6)
+    figure = new_figure(figure, 9.0, 4.6)
     labels = [replay.configuration.label for replay in replays] if labels is None else labels
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     ends = []
