@@ -371,7 +371,9 @@ def test_a_process_that_dies_is_an_error_and_not_a_hang():
         sweep(trace(), grid(TOPOLOGY, policy=["static", die]), jobs=2)
 
 
-def test_the_environment_is_left_as_it_was():
+def test_the_environment_is_left_as_it_was(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     sweep(trace(), grid(TOPOLOGY, policy=["static", "greedy"]), jobs=2)
     assert dict(os.environ) == before
