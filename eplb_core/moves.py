@@ -71,10 +71,11 @@ def plan_moves(
     held = xp.where(live, old, xp.asarray(EMPTY, dtype=xp.int32))
 
     local, local_slot = _first_on_rank(new, held, topology)
-    _, primary_slot = _first_on_rank(new, new, topology)
     unchanged = new == old
     wanted = ~unchanged & (new != EMPTY)
     remote = wanted & ~local
+    # Of the slots of a rank that need one expert from afar, the first gets it; on a dead rank others may hold it.
+    _, primary_slot = _first_on_rank(new, xp.where(remote, new, xp.asarray(EMPTY, dtype=xp.int32)), topology)
     requests = Requests(expert=new, wanted=remote & (primary_slot == slots))
     relay = None
     if fan_out == "node":

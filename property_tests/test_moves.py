@@ -116,6 +116,12 @@ def test_6_sources_are_live_and_8_lost_experts_are_reported(data, pair, fan_out,
     assert verify_plan(old, new, plan, topology, live_ranks=given_as, allow_lost=True) == ()
 
 
+def test_6_a_slot_on_a_dead_rank_is_filled_from_a_live_one_though_the_rank_keeps_another_copy():
+    topology = Topology(2, slots_per_rank=2)
+    old, new = np.asarray([[0, 1, 0, 2]]), np.asarray([[0, 1, 0, 0]])
+    assert plan_moves(old, new, topology, live_ranks=[0]).source_slot.tolist() == [[0, 1, 2, 0]]
+
+
 def busiest(old, new, source, topology):
     """Most messages that one rank sends in one layer: one per (destination rank, expert)."""
     messages = {}
