@@ -227,6 +227,9 @@ def stable_order(ids) -> Any:
     NumPy sorts 16-bit integers by radix, several times faster than wider ones.
     """
     xp = namespace(ids)
-    if is_numpy(xp) and ids.size and ids.min() >= -(2**15) and ids.max() < 2**15:
-        return np.argsort(ids.astype(np.int16), axis=-1, kind="stable")
+    if is_numpy(xp) and ids.size:
+        least, most = ids.min(), ids.max()
+        for narrow in (np.int16, np.uint16):
+            if np.iinfo(narrow).min <= least and most <= np.iinfo(narrow).max:
+                return np.argsort(ids.astype(narrow), axis=-1, kind="stable")
     return xp.argsort(ids, axis=-1, stable=True)

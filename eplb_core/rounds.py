@@ -67,21 +67,25 @@ def schedule_rounds(plan: MovePlan, topology: Topology, *, layers: Any = None) -
     """
     source = np.asarray(_ops.as_array(plan.source_slot))
     check_ids(source, topology.num_slots, "schedule_rounds(plan=...)")
-    relay = np.full_like(source, EMPTY) if plan.relay_slot is None else np.asarray(plan.relay_slot)
     chosen = _chosen_layers(layers, source.shape[0])
-    layer, dst_slot, src_slot, relayed = _rows(source[chosen], relay[chosen], topology)
+    relay = None if plan.relay_slot is None else np.asarray(plan.relay_slot)[chosen]
+    layer, dst_slot, src_slot, relayed = _rows(source[chosen], relay, topology)
     src_rank, dst_rank = src_slot // topology.slots_per_rank, dst_slot // topology.slots_per_rank
-    when = np.zeros(len(layer), dtype=np.int32)
-    first = 0
+    pair = src_rank * topology.ep_size + dst_rank
+    when, message = np.zeros((2, len(pair)), dtype=np.int32)
+    num_rounds = num_messages = 0
     for phase in (~relayed, relayed):
-        pair = src_rank[phase] * topology.ep_size + dst_rank[phase]
-        pairs, pair_of_row = np.unique(pair, return_inverse=True)
+        if not phase.any():
+            continue
+        pairs, pair_of_row = _distinct(pair[phase], topology.ep_size**2)
         colour = colour_edges(*np.divmod(pairs, topology.ep_size), topology.ep_size)
-        when[phase] = first + colour[pair_of_row]
-        first += int(colour.max(initial=-1)) + 1
-    order = np.lexsort((dst_slot, layer, dst_rank, src_rank, when))
+        place = np.empty(len(pairs), dtype=np.int32)
+        place[_ops.stable_order(colour)] = np.arange(num_messages, num_messages + len(pairs))
+        when[phase], message[phase] = num_rounds + colour[pair_of_row], place[pair_of_row]
+        num_rounds, num_messages = num_rounds + int(colour.max()) + 1, num_messages + len(pairs)
+    order = _ops.stable_order(message)
     columns = src_rank, dst_rank, chosen[layer], src_slot, dst_slot, when
-    return Schedule(*(np.asarray(column[order], dtype=np.int32) for column in columns), relayed=relayed[order])
+    return Schedule(*(column[order].astype(np.int32) for column in columns), relayed=relayed[order])
 
 
 def _chosen_layers(layers, num_layers: int) -> np.ndarray:
@@ -97,17 +101,30 @@ def _chosen_layers(layers, num_layers: int) -> np.ndarray:
     return chosen
 
 
-def _rows(source: np.ndarray, relay: np.ndarray, topology: Topology):
+def _rows(source: np.ndarray, relay: np.ndarray | None, topology: Topology):
     """One row per (destination rank, expert) that comes from another rank: the lowest slot of the rank takes it."""
-    slots = np.arange(topology.num_slots)
-    rank = slots // topology.slots_per_rank
+    by_rank = np.ascontiguousarray(source.reshape(-1, topology.slots_per_rank).T)
+    again = np.zeros(by_rank.shape, dtype=bool)
+    for apart in range(1, topology.slots_per_rank):
+        again[apart:] |= by_rank[apart:] == by_rank[:-apart]
+    rank = np.arange(topology.num_slots) // topology.slots_per_rank
     crosses = (source != EMPTY) & (source // topology.slots_per_rank != rank)
-    layer, dst_slot = np.nonzero(crosses)
-    origin = source[layer, dst_slot]
-    _, lowest = np.unique((layer * topology.ep_size + rank[dst_slot]) * topology.num_slots + origin, return_index=True)
-    layer, dst_slot, origin = layer[lowest], dst_slot[lowest], origin[lowest]
+    layer, dst_slot = np.nonzero(crosses & ~again.T.reshape(source.shape))
+    src_slot = source[layer, dst_slot]
+    if relay is None:
+        return layer, dst_slot, src_slot, np.zeros(len(layer), dtype=bool)
     via = relay[layer, dst_slot]
-    return layer, dst_slot, np.where(via == EMPTY, origin, via), via != EMPTY
+    return layer, dst_slot, np.where(via == EMPTY, src_slot, via), via != EMPTY
+
+
+def _distinct(values: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Like `np.unique(values, return_inverse=True)`, without sorting, for values `0..limit-1`."""
+    seen = np.zeros(limit, dtype=bool)
+    seen[values] = True
+    distinct = np.flatnonzero(seen)
+    position = np.empty(limit, dtype=np.intp)
+    position[distinct] = np.arange(len(distinct))
+    return distinct, position[values]
 
 
 def colour_edges(src: np.ndarray, dst: np.ndarray, num_nodes: int) -> np.ndarray:
@@ -127,49 +144,43 @@ def colour_edges(src: np.ndarray, dst: np.ndarray, num_nodes: int) -> np.ndarray
     if len(src) == 0:
         return np.zeros(0, dtype=np.int64)
     degree = int(max(np.bincount(src).max(), np.bincount(dst).max()))
-    every = (1 << degree) - 1
-    # Bit c of free[v] is set while no edge of vertex v has colour c; edge[v][c] is the edge that has it.
-    free = [every] * (2 * num_nodes)
-    edge: list[list[int]] = [[-1] * degree for _ in range(2 * num_nodes)]
-    ends = list(zip(src.tolist(), (dst + num_nodes).tolist(), strict=True))
-    colour = [0] * len(ends)
-
-    def paint(index: int, shade: int) -> None:
-        colour[index] = shade
-        for vertex in ends[index]:
-            free[vertex] &= ~(1 << shade)
-            edge[vertex][shade] = index
-
-    for index, (left, right) in enumerate(ends):
+    bits = [1 << shade for shade in range(degree)]
+    # Bit c of free[v] is set while vertex v has no edge of colour c; partner[v][c] is the other end of the edge it has.
+    free = [(1 << degree) - 1] * (2 * num_nodes)
+    partner = [[-1] * degree for _ in free]
+    turns = (dst - src) % num_nodes % degree
+    for left, right, shade in zip(src.tolist(), (dst + num_nodes).tolist(), turns.tolist(), strict=True):
         common = free[left] & free[right]
-        turn = (right - left) % num_nodes % degree
-        if common >> turn & 1:
-            paint(index, turn)
-        elif common:
-            paint(index, _lowest(common))
-        else:
-            wanted, other = _lowest(free[left]), _lowest(free[right])
-            path = _alternating_path(right, wanted, other, edge, ends)
-            for step in path:
-                for vertex in ends[step]:
-                    free[vertex] |= 1 << colour[step]
-                    edge[vertex][colour[step]] = -1
-            for step in path:
-                paint(step, other if colour[step] == wanted else wanted)
-            paint(index, wanted)
-    return np.asarray(colour)
+        bit = bits[shade]
+        if not common & bit:
+            if not common:
+                common = _make_room(left, right, free, partner)
+            bit = common & -common
+            shade = bit.bit_length() - 1
+        free[left] ^= bit
+        free[right] ^= bit
+        partner[left][shade] = right
+        partner[right][shade] = left
+    right_of = np.asarray(partner[:num_nodes])
+    left, shade = np.nonzero(right_of >= 0)
+    colour = np.empty((num_nodes, num_nodes), dtype=np.int64)
+    colour[left, right_of[left, shade] - num_nodes] = shade
+    return colour[src, dst]
 
 
-def _lowest(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
+def _make_room(left: int, right: int, free: list[int], partner: list[list[int]]) -> int:
+    """Free the lowest colour that `left` has free at `right` as well, and return its bit.
 
-
-def _alternating_path(vertex: int, first: int, second: int, edge: list, ends: list) -> list[int]:
-    """Edges from `vertex` that have the colours `first`, `second`, `first`, ... in turn."""
-    path, shade = [], first
-    while (step := edge[vertex][shade]) >= 0:
-        path.append(step)
-        left, right = ends[step]
-        vertex = right if vertex == left else left
-        shade = second if shade == first else first
-    return path
+    Two colours change places along the path from `right` on which they alternate. It cannot end at `left`.
+    """
+    wanted, other = free[left] & -free[left], free[right] & -free[right]
+    shade, next_shade = wanted.bit_length() - 1, other.bit_length() - 1
+    last = vertex = right
+    free[right] ^= wanted | other
+    while vertex >= 0:
+        last, ends = vertex, partner[vertex]
+        vertex = ends[shade]
+        ends[shade], ends[next_shade] = ends[next_shade], vertex
+        shade, next_shade = next_shade, shade
+    free[last] ^= wanted | other
+    return wanted
