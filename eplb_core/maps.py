@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from jaxtyping import Int
 
 from eplb_core import _ops
@@ -60,17 +61,37 @@ def derive_maps(
     check_range(ids, num_logical)
     counts = _ops.count_ids(ids, num_logical)
     max_replicas = _checked_width(counts, max_replicas)
+    list_slots = _list_slots_numpy if _ops.is_numpy(xp) else _list_slots
+    return ExpertMaps(
+        physical_to_logical=xp.astype(ids, xp.int32),
+        logical_to_physical=list_slots(ids, counts, max_replicas),
+        replica_count=counts,
+    )
+
+
+def _list_slots(ids, counts, width: int):
+    """`[layers, logical, width]` int32: each expert's slots, gathered from the slots in order of their expert."""
+    xp = _ops.namespace(ids)
     starts = xp.cumulative_sum(counts, axis=1, dtype=xp.int32) - counts
     starts = starts + (ids.shape[1] - xp.sum(counts, axis=1, keepdims=True, dtype=xp.int32))
-    replica = xp.arange(max_replicas, dtype=xp.int32)
+    replica = xp.arange(width, dtype=xp.int32)
     position = xp.minimum(starts[:, :, None] + replica, xp.asarray(ids.shape[1] - 1, dtype=xp.int32))
     slots = _ops.pick(_ops.stable_order(ids), xp.reshape(position, (ids.shape[0], -1)))
     slots = xp.reshape(xp.astype(slots, xp.int32), position.shape)
-    return ExpertMaps(
-        physical_to_logical=xp.astype(ids, xp.int32),
-        logical_to_physical=xp.where(replica < counts[:, :, None], slots, xp.asarray(EMPTY, dtype=xp.int32)),
-        replica_count=counts,
-    )
+    return xp.where(replica < counts[:, :, None], slots, xp.asarray(EMPTY, dtype=xp.int32))
+
+
+def _list_slots_numpy(ids, counts, width: int):
+    """`_list_slots` as one scatter: nothing is computed for places that stay `EMPTY`, which are most."""
+    order, of_expert = _ops.stable_order(ids), counts.ravel()
+    table = np.full((*counts.shape, width), EMPTY, dtype=np.int32)
+    first_place = np.arange(of_expert.size) * width
+    place = np.repeat(first_place - (np.cumsum(of_expert) - of_expert), of_expert)
+    place += np.arange(place.size)
+    if place.size < order.size:
+        order = order[np.arange(order.shape[1]) >= order.shape[1] - counts.sum(axis=1)[:, None]]
+    table.reshape(-1)[place] = order.ravel()
+    return table
 
 
 def count_replicas(physical_to_logical: Int[Any, "layers slots"], num_logical: int) -> Int[Any, "layers logical"]:
