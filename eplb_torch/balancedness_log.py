@@ -55,6 +55,12 @@ class BalancednessLog:
         else:
             self._jobs.append(self._worker.start(lambda: self._reduce(count, loads, placements)))
 
+    def forget(self) -> None:
+        """End the thread without waiting for the reductions under way, after ranks were lost."""
+        self._jobs.clear()
+        if self._worker is not None:
+            self._worker.stop()
+
     def stop(self) -> None:
         """Wait for the reductions under way, and end their thread. Every rank calls it at the same step.
 

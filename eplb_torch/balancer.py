@@ -3,11 +3,13 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from jaxtyping import Real
 from torch import Tensor
 
 from eplb_core import control
@@ -163,6 +165,39 @@ class ExpertBalancer:
             self._give_up(error)
             raise
         self._abandon_targets()
+
+    def halt(self) -> None:
+        """End for good after ranks were lost, whatever was under way. Not a collective; for `ElasticGroup.recover`.
+
+        Commits what all ranks had confirmed, as the others may have done so, and gives up the rest. Afterwards the
+        models' placements say what this rank's slots hold; `step` does nothing.
+        """
+        if self.failure is None:
+            self._job = None  # a decision alone has moved nothing
+            with suppress(*_FAILURES):
+                self.drain()
+            self.failure = self.failure or TransportError("the balancer was halted")
+        self._worker.stop()
+        if self._log is not None:
+            self._log.forget()
+
+    def renewed(self, transport: Transport, *, log_transport: Transport | None = None) -> "ExpertBalancer":
+        """Go on in another group, with models that are part of it by now. Every rank calls it at the same boundary.
+
+        The first decision comes after a quarter of the interval, from load that is counted from now on.
+
+        Args:
+            transport, log_transport: of the new group.
+
+        Raises:
+            EplbError: if models and transport do not fit each other.
+        """
+        return ExpertBalancer(self.models, transport, self.config, log_transport=log_transport, metrics=self._metrics)
+
+    def forecast(self, name: str = "main") -> Real[np.ndarray, "layers logical"]:
+        """What the next decision would plan a model for, were it made from the decisions' load so far; zeros before."""
+        estimator = self._control.models[name].estimator
+        return np.asarray(estimator.estimate(self._state.models[name].load))
 
     def snapshot(self, name: str = "main") -> Snapshot:
         """Tell what a restart must not forget of a model, for `eplb_core.snapshot.save_snapshot`.

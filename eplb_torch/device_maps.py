@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eplb_core import EMPTY, derive_maps
 from eplb_core._checks import require
+from eplb_core.maps import count_replicas
 from eplb_core.shares import RESOLUTION
 from eplb_core.turns import derive_turns
 
@@ -69,6 +70,7 @@ class DeviceMaps:
         )
         num_layers, self._num_slots = placement.shape
         self.num_logical = num_logical
+        self._is_wide = max_replicas is None
         widest = max(self._num_slots - num_logical + 1, 1 if shares is None else RESOLUTION)
         self.max_replicas = widest if max_replicas is None else max_replicas
         shape = (num_layers, num_logical, self.max_replicas)
@@ -89,6 +91,34 @@ class DeviceMaps:
     def layer(self, index: int) -> LayerMaps:
         """The maps of one layer, as views that later updates change."""
         return LayerMaps(self.logical_to_physical[index], self.replica_count[index])
+
+    def resize(self, physical_to_logical: Int[Any, "layers slots"]) -> None:
+        """Switch all layers to a placement with another number of slots, as after the loss of a rank.
+
+        Tensors keep their addresses unless the maps must be wider: because an expert has more copies than fit or, if
+        `max_replicas` was not given, because there are more slots to copy experts to. Then `layer` returns other
+        views, and whatever holds the old ones must ask again. Experts may be lost.
+
+        Raises:
+            EplbError: if the placement is malformed or has other layers; the maps are unchanged then.
+        """
+        placement = np.asarray(physical_to_logical)
+        require(
+            placement.ndim == 2 and len(placement) == self.num_layers,
+            f"`DeviceMaps.resize(physical_to_logical=...)` must have {self.num_layers} layers",
+            f"shape={placement.shape}",
+            "Only the number of slots may change.",
+        )
+        most = int(count_replicas(placement, self.num_logical).max())
+        widest = placement.shape[1] - self.num_logical + 1 if self._is_wide else 1
+        width = max(self.max_replicas, most, widest)
+        maps = derive_maps(placement, self.num_logical, max_replicas=width)
+        if width > self.max_replicas:
+            shape = (self.num_layers, self.num_logical, width)
+            self.logical_to_physical = self.logical_to_physical.new_full(shape, EMPTY)
+        self._num_slots, self.max_replicas = placement.shape[1], width
+        self.logical_to_physical.copy_(torch.tensor(maps.logical_to_physical))
+        self.replica_count.copy_(torch.tensor(maps.replica_count))
 
     def update(
         self,

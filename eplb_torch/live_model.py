@@ -3,9 +3,11 @@
 from typing import Any, Protocol
 
 import numpy as np
+import torch.distributed as dist
 from jaxtyping import Int
 
 from eplb_core import Topology, check_placement
+from eplb_core._checks import EplbError, require
 from eplb_torch.device_maps import DeviceMaps
 from eplb_torch.weights import ExpertWeights
 
@@ -32,6 +34,29 @@ class ServedModel(Protocol):
 
     def commit(self, physical_to_logical: Int[Any, "*layers slots"], *, layer: int | None = None) -> None:
         """Route by a new placement from the next forward on: all layers, or one `layer` given `[slots]`."""
+        ...
+
+
+class ElasticModel(ServedModel, Protocol):
+    """What a model must be able to do for its group to change. `LiveModel` and the models of
+    `integrations.huggingface` can.
+    """
+
+    def regroup(
+        self, physical_to_logical: Int[Any, "layers slots"], topology: Topology, group: dist.ProcessGroup | None
+    ) -> None:
+        """Be part of another group, in which slots and ranks have other numbers. Moves no weights.
+
+        Args:
+            physical_to_logical: `[layers, slots]` of the new group; this rank's part is what its slots hold. An
+                expert without a copy must not be served, which is for the caller to see to.
+            topology: sizes of the group.
+            group: between the ranks, for the tokens.
+        """
+        ...
+
+    def resize(self, slots_per_rank: int) -> None:
+        """Let `weights` have more slots per rank: what it holds stays in the first. Called before `regroup`."""
         ...
 
 
@@ -80,3 +105,42 @@ class LiveModel:
         check_placement(new if layer is None else new[None], self.topology, self.num_logical)
         self.maps.update(new, layer=layer)
         self._placement[slice(None) if layer is None else layer] = new
+
+    def regroup(
+        self, physical_to_logical: Int[Any, "layers slots"], topology: Topology, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Be part of another group, of which this rank's slots hold what the placement says. See `ElasticModel`.
+
+        The engine's dispatch must be told of the group by the engine.
+
+        Raises:
+            EplbError: if the placement does not fit. Experts may be lost.
+        """
+        check_regroup(physical_to_logical, topology, self)
+        self.maps.resize(physical_to_logical)
+        self.topology, self._placement = topology, np.array(physical_to_logical, dtype=np.int32)
+
+    def resize(self, slots_per_rank: int) -> None:
+        """Make room for more experts on this rank. See `ElasticModel`.
+
+        Raises:
+            EplbError: always, as the tensors are the engine's. Override this where it can allocate larger ones:
+                copy the rows, and set `weights` to `self.weights.replaced(...)`.
+        """
+        raise EplbError(
+            f"`LiveModel.resize` cannot allocate the engine's tensors; got slots_per_rank={slots_per_rank}, present "
+            f"{self.weights.slots_per_rank}. Override it, or begin with more slots per rank."
+        )
+
+
+def check_regroup(physical_to_logical: Int[Any, "layers slots"], topology: Topology, model: ServedModel) -> None:
+    """Refuse a placement and sizes that a model's slots cannot be part of."""
+    check_placement(physical_to_logical, topology, model.num_logical, allow_lost=True)
+    layers = len(np.asarray(physical_to_logical))
+    require(
+        (layers, topology.slots_per_rank) == (model.weights.num_layers, model.weights.slots_per_rank),
+        "`regroup(topology=...)` must have the layers and slots of this rank's weights",
+        f"{layers} layers of {topology.slots_per_rank} slots for {model.weights.num_layers} of "
+        f"{model.weights.slots_per_rank}",
+        "Call `resize` first where ranks get more slots.",
+    )

@@ -117,7 +117,12 @@ class Mover:
         """
         while self._moves is not None and self._rearrangement is not None:
             moves, rearrangement = self._moves, self._rearrangement
-            rearrangement.drain()
+            try:
+                rearrangement.drain()
+            except RearrangeError:
+                # What all had confirmed before is committed all the same.
+                yield Progress(moves.name, rearrangement.placement(moves.old, moves.new), None, 0.0)
+                raise
             # Another rank may have begun the next one already, and waits for all ranks to take part.
             self._start_next(boundary)
             yield Progress(moves.name, rearrangement.placement(moves.old, moves.new), None, 0.0)

@@ -101,6 +101,22 @@ class ExpertWeights:
         """
         return cls(find_slot_tensors(module, layers, slots_per_rank, exclude))
 
+    def replaced(self, layers: Sequence[Mapping[str, Tensor]]) -> "ExpertWeights":
+        """Register other tensors instead of these, such as larger ones; what `add_refresh` registered stays so.
+
+        Raises:
+            EplbError: as the constructor, or if names, dtypes or shapes of rows differ from these.
+        """
+        weights = ExpertWeights(layers)
+        require(
+            weights.layout() == self.layout(),
+            "`ExpertWeights.replaced(layers=...)` must have the same tensors, but for their number of slots",
+            "others",
+            "Build new ExpertWeights where the tensors of an expert change.",
+        )
+        weights._refreshes = self._refreshes
+        return weights
+
     @property
     def num_layers(self) -> int:
         """MoE layers registered."""

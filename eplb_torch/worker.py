@@ -20,6 +20,10 @@ class Job:
         """Whether `result` returns at once."""
         return self._finished.is_set()
 
+    def wait(self, timeout: float) -> bool:
+        """Wait until the work is done, at most `timeout` seconds. Returns whether it is."""
+        return self._finished.wait(timeout)
+
     def run(self) -> None:
         """Do the work and keep what came of it."""
         try:

@@ -1,7 +1,7 @@
 """Find the modules whose experts are stacked tensors, and cut them down to the slots of one rank."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from eplb_core import EMPTY
 from eplb_core._checks import listing, require
+
+CPU = torch.device("cpu")
 
 ReadExpert = Callable[[str, int], Tensor]
 """`(name of a stacked tensor in the model, logical expert) -> [...]`: the row of that expert."""
@@ -68,13 +70,16 @@ def find_expert_layers(model: nn.Module, shared: Collection[str] = ()) -> list[E
     return layers
 
 
-def localise(layer: ExpertLayer, experts: Sequence[int], read_expert: ReadExpert | None) -> dict[str, Tensor]:
+def localise(
+    layer: ExpertLayer, experts: Sequence[int], read_expert: ReadExpert | None, device: torch.device = CPU
+) -> dict[str, Tensor]:
     """Replace the stacked tensors of a layer by the rows of the given slots; the originals are let go.
 
     Args:
         layer: changed in place: its module has `len(experts)` experts afterwards.
         experts: the expert of each local slot, or `EMPTY` for a row of zeros.
         read_expert: where rows come from; by default the module's own tensors.
+        device: of rows for tensors without data, if none is read.
 
     Returns:
         `{name: [slots_per_rank, ...]}` the very tensors that the module computes with from now on.
@@ -85,7 +90,7 @@ def localise(layer: ExpertLayer, experts: Sequence[int], read_expert: ReadExpert
     local = {}
     for name in layer.tensors:
         owner, leaf = _owner(layer.module, name)
-        local[name] = _read_rows(f"{layer.name}.{name}", getattr(owner, leaf), experts, read_expert)
+        local[name] = _read_rows(f"{layer.name}.{name}", getattr(owner, leaf), experts, read_expert, device)
         if leaf in owner._parameters:
             local[name] = nn.Parameter(local[name], requires_grad=False)
         setattr(owner, leaf, local[name])
@@ -93,9 +98,29 @@ def localise(layer: ExpertLayer, experts: Sequence[int], read_expert: ReadExpert
     return local
 
 
-def _read_rows(name: str, whole: Tensor, experts: Sequence[int], read_expert: ReadExpert | None) -> Tensor:
+def enlarged(layer: Mapping[str, Tensor], slots: int) -> dict[str, Tensor]:
+    """Copy the tensors of a layer to larger ones, with rows of zeros behind the present ones."""
+    larger = {}
+    for name, tensor in layer.items():
+        rows = tensor.new_zeros((slots, *tensor.shape[1:]))
+        rows[: len(tensor)].copy_(tensor)
+        larger[name] = nn.Parameter(rows, requires_grad=False) if isinstance(tensor, nn.Parameter) else rows
+    return larger
+
+
+def install(module: nn.Module, layer: Mapping[str, Tensor], slots: int) -> None:
+    """Let an experts module compute with other tensors, by the names that `localise` gave."""
+    for name, tensor in layer.items():
+        owner, leaf = _owner(module, name)
+        setattr(owner, leaf, tensor)
+    vars(module)["num_experts"] = slots
+
+
+def _read_rows(
+    name: str, whole: Tensor, experts: Sequence[int], read_expert: ReadExpert | None, device: torch.device
+) -> Tensor:
     require(
-        read_expert is not None or not whole.is_meta,
+        read_expert is not None or not whole.is_meta or set(experts) <= {EMPTY},
         "`expert_parallel(read_expert=...)` must be given for a model whose experts have no data",
         f"{name} on the meta device",
         "Pass a function that reads the row of one expert, or load the model first.",
@@ -109,7 +134,7 @@ def _read_rows(name: str, whole: Tensor, experts: Sequence[int], read_expert: Re
         listing(odd),
         "Convert the row while reading it.",
     )
-    device = next((row.device for row in rows.values()), "cpu") if whole.is_meta else whole.device
+    device = next((row.device for row in rows.values()), device) if whole.is_meta else whole.device
     local = torch.zeros((len(experts), *whole.shape[1:]), dtype=whole.dtype, device=device)
     for slot, row in rows.items():
         local[slot].copy_(row)
