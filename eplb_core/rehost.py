@@ -70,6 +70,7 @@ def _hosted(load, present, num_slots: int):
 
 
 def carried(held, load) -> Carried:
+    """Count the copies and add up the tokens of one layer; `load` has a last entry 0 for `EMPTY`."""
     ranks = np.arange(held.shape[0])[:, None]
     keys = ranks * load.shape[0] + held + np.where(held == EMPTY, load.shape[0], 0)
     count = np.bincount(keys.ravel(), minlength=held.shape[0] * load.shape[0]).reshape(held.shape[0], -1)
