@@ -44,15 +44,46 @@ def compile_program(layout: Layout) -> Any:
     import jax
     from jax.sharding import PartitionSpec
 
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     by_rank, everywhere = PartitionSpec(layout.axis), PartitionSpec()
     tables = Script._make([everywhere, *[by_rank] * 8, everywhere])
 
     def on_rank(arrays, script: Script):
         script = Script._make([script.shift, *(table[0] for table in script[1:9]), script.num_rounds])
-        return _perform(arrays, script, layout)
+        if not on_cpu:
+            return _perform(arrays, script, layout)
+        moved = _perform(tuple(_as_bits(array) for array in arrays), script, layout)
+        return tuple(_from_bits(bits, array.dtype) for bits, array in zip(moved, arrays, strict=True))
 
     mapped = map_shards(on_rank, layout.mesh, (layout.specs, tables), layout.specs)
     return jax.jit(mapped, donate_argnums=0)
+
+
+def _as_bits(array):
+    """The array in a type that XLA's CPU backend moves as it is.
+
+    It widens whole arrays of small floats and of types below a byte in every round; here they are copied once.
+    """
+    import jax.numpy as jnp
+    from jax import lax
+
+    dtype = array.dtype
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 16 and dtype != jnp.float16:
+        array = lax.bitcast_convert_type(array, f"uint{jnp.finfo(dtype).bits}")
+    below_byte = jnp.issubdtype(array.dtype, jnp.integer) and jnp.iinfo(array.dtype).bits < 8
+    return array.astype(jnp.int8) if below_byte else array
+
+
+def _from_bits(bits, dtype):
+    """Undo `_as_bits`."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    if bits.dtype == dtype:
+        return bits
+    if jnp.issubdtype(dtype, jnp.floating):
+        return lax.bitcast_convert_type(bits.astype(f"uint{jnp.finfo(dtype).bits}"), dtype)
+    return bits.astype(dtype)
 
 
 def map_shards(function, mesh, in_specs, out_specs):

@@ -208,6 +208,16 @@ def test_padding_adds_at_most_half(num_layers, depth):
         assert rounds * width * topology.ep_size <= 1.5 * len(schedule_rounds(plan, topology).layer)
 
 
+def test_small_floats_travel_as_bits():
+    """XLA widens bfloat16 on CPU; rows are sent as integers of the same size, at the price of one copy of the array."""
+    mesh, topology, num_layers, row = make_mesh(ep=8), Topology(8, 9), 26, 4096
+    weights = stacked(mesh, num_layers, 72, row, dtype=jnp.bfloat16)
+    compiled = lower(weights, some_moves(num_layers, topology, 0.1), topology, mesh=mesh).compile()
+    sent = re.findall(r"= (\S+)\{[^ ]* collective-permute\(", compiled.as_text())
+    assert set(sent) == {f"u16[1,{row}]"}
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * row * (num_layers * 9 + 18) + 2**15
+
+
 def test_staging_can_be_limited():
     mesh, topology, num_layers = make_mesh(ep=8), Topology(8, 6), 16
     rng = np.random.default_rng(0)
