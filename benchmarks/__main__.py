@@ -1,11 +1,20 @@
 """Run all benchmarks: `python -m benchmarks`."""
 
-from benchmarks import executor, frontier, planning
+from benchmarks import elastic, estimators, executor, frontier, planning, plugs, runtime, sharded, shares
+
+PARTS = {
+    "Planning time": planning,
+    "Balance against moves": frontier,
+    "Load estimators": estimators,
+    "The runtime": runtime,
+    "Shares and locality": shares,
+    "Plugs for vLLM and SGLang": plugs,
+    "Executor": executor,
+    "Sharded JAX arrays": sharded,
+    "Groups that change": elastic,
+}
 
 if __name__ == "__main__":
-    print("# Planning time\n")
-    planning.main()
-    print("\n# Balance against moves\n")
-    frontier.main()
-    print("\n# Executor\n")
-    executor.main()
+    for title, part in PARTS.items():
+        print(f"\n# {title}\n", flush=True)
+        part.main()

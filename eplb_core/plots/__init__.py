@@ -5,6 +5,7 @@ and no global state of matplotlib is touched. Colours are told apart with any co
 """
 
 from eplb_core.plots.frontier import frontier
+from eplb_core.plots.losses import losses
 from eplb_core.plots.overview import overview
 from eplb_core.plots.ranks import rank_loads
 from eplb_core.plots.replicas import replicas
@@ -12,4 +13,4 @@ from eplb_core.plots.style import png, save
 from eplb_core.plots.timeline import timeline
 from eplb_core.plots.transfers import transfers
 
-__all__ = ("frontier", "overview", "png", "rank_loads", "replicas", "save", "timeline", "transfers")
+__all__ = ("frontier", "losses", "overview", "png", "rank_loads", "replicas", "save", "timeline", "transfers")
