@@ -144,6 +144,21 @@ def test_the_overview_holds_all(load, replays, tmp_path):
     assert file.stat().st_size < 200_000
 
 
+def test_the_overview_of_many_shows_the_undominated_ones_with_their_sizes(load):
+    many = sweep(load, grid([TOPOLOGY, Topology(2, 6)], policy=["greedy", "refined", "incremental"], interval=[1, 2]))
+    figure = plots.overview(load, many)
+    timeline = figure.subfigs[0].axes[0]
+    best = undominated(
+        np.asarray([float(replay.moved_experts) for replay in many]),
+        np.asarray([replay.mean_balancedness for replay in many]),
+    )
+    names = [
+        f"{r.configuration.label} ({r.configuration.topology.ep_size} x {r.configuration.topology.slots_per_rank})"
+        for r in (many[index] for index in best)
+    ]
+    assert [text.get_text() for text in timeline.texts] == names
+
+
 def test_pictures_are_the_same_each_time(replays):
     assert plots.png(plots.frontier(replays)) == plots.png(plots.frontier(replays))
 

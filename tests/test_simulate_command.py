@@ -169,10 +169,13 @@ def test_report_writes_one_page(trace, tmp_path):
     assert page.count("data:image/png") == 5
 
 
-def test_report_gives_advice(trace, tmp_path):
+def test_report_gives_advice_and_figures(trace, tmp_path):
     file = tmp_path / "report.html"
-    assert eplb("report", trace, "--ranks", 4, "--policy", "greedy", "--out", file).exit_code == 0
+    found = run_json(tmp_path, "report", trace, "--ranks", 4, "--policy", "greedy", "--out", file)
     assert "<h2>Advice</h2>" in file.read_text(encoding="utf-8")
+    assert found["advice"]["recommend"] in (True, False)
+    assert [row["label"] for row in found["baselines"]] == ["static", "refined, once"]
+    assert [row["label"] for row in found["policies"]] == ["greedy"]
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ from eplb_core.commands._replays import (
     Policies,
     Scale,
     WithinNode,
+    describe_costs,
     enough_jobs,
     make_costs,
     replaying,
 )
 from eplb_core.commands._shared import (
+    JsonFile,
     LoadFile,
     MaxGB,
     Nodes,
@@ -32,7 +34,9 @@ from eplb_core.commands._shared import (
     output,
     require_modules,
     topology_for,
+    write_json,
 )
+from eplb_core.commands.simulate import summarize_all
 
 EPILOG = examples(
     "eplb report load.npz --ranks 8 --redundant 8 --out report.html",
@@ -60,6 +64,7 @@ def report(
     overlapped: Overlapped = False,
     max_gb: MaxGB = 1.0,
     jobs: Jobs = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Write what each policy would have done with a load trace as one HTML page, pictures included.
 
@@ -69,6 +74,7 @@ def report(
     """
     require_modules("cli", "matplotlib")
     with replaying("report") as progress:
+        from eplb_core.advice import summarize_advice
         from eplb_core.advise import advise
         from eplb_core.configuration import STATIC, grid
         from eplb_core.report import report as write
@@ -97,6 +103,9 @@ def report(
             found = advise(windows, ranks, num_nodes=nodes, jobs=enough_jobs(jobs, 50 * len(windows)), **shared)
         page = write(windows, replays, title=title or load.name, facts=_facts(trace.metadata), advice=found)
         out.write_text(page, encoding="utf-8")
+        figures = summarize_all(windows, replays[2:], replays[:2])
+        advised = {} if found is None else {"advice": summarize_advice(found)}
+        write_json(json_file, {"trace": str(load), "costs": describe_costs(costs)} | figures | advised)
 
 
 def _facts(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from eplb_core.bootstrap import mean_interval
 from eplb_core.plots.style import clean, colour, marker, new_figure, spread, text_height
 from eplb_core.replay import Replay
 
-_MOST_NAMES = 7
+MOST_NAMES = 7
+"""With more points, colours stand for policies, and only the points that no other beats are named."""
 
 
 def frontier(replays: Sequence[Replay], *, labels: Sequence[str] | None = None, figure: Any = None) -> Any:
@@ -41,7 +42,7 @@ def frontier(replays: Sequence[Replay], *, labels: Sequence[str] | None = None, 
     axis.set_xlim(left=0)
     axis.margins(x=0.08)
     clean(axis)
-    named = range(len(replays)) if len(replays) <= _MOST_NAMES else best
+    named = range(len(replays)) if len(replays) <= MOST_NAMES else best
     _name(axis, [labels[i] for i in named], moved[named], balance[named], [kinds[i] for i in named])
     return figure
 
@@ -63,7 +64,7 @@ def _smallest(moved: np.ndarray) -> float:
 
 def _kinds(replays: Sequence[Replay]) -> list[int]:
     """Which colour and marker each point gets: its own, or its policy's where there are many."""
-    if len(replays) <= _MOST_NAMES:
+    if len(replays) <= MOST_NAMES:
         return list(range(len(replays)))
     policies = [replay.configuration.policy_name for replay in replays]
     return [list(dict.fromkeys(policies)).index(policy) for policy in policies]

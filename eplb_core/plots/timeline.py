@@ -66,7 +66,7 @@ def _draw_curve(axis: Any, series: np.ndarray, shade: str) -> np.ndarray:
         axis.plot(window, series, color=shade, linewidth=1.4)
         return series
     smooth = running_mean(series, len(series) // 20 * 2 + 1)
-    axis.plot(window, series, color=shade, linewidth=0.5, alpha=0.35)
+    axis.plot(window, series, color=shade, linewidth=0.6, alpha=0.5)
     axis.plot(window, smooth, color=shade, linewidth=1.8)
     return smooth
 
