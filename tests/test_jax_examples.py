@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.traces import FOLDER
-from eplb_core import plan_moves, round_robin
+from eplb_core import Topology, plan_moves, round_robin
 from eplb_core.sharded import rearrange
 from tests.devices import make_mesh
 
@@ -40,6 +41,19 @@ def test_logits_stay_over_rebalances(trace):
     assert all(float(after) > float(before) for before, after, _, _ in lines)
     assert all(int(changed) > 0 and float(difference) == 0.0 for _, _, changed, difference in lines)
     assert "forward compiled 1 time(s)" in done.stdout
+
+
+def test_the_documented_snippet_runs():
+    code = (ROOT / "docs" / "jax.md").read_text().split("```python")[1].split("```")[0]
+    mesh, rng = make_mesh(ep=8), np.random.default_rng(0)
+    held = jnp.asarray(round_robin(2, 64, Topology(8, 9)))
+    load = jnp.asarray(rng.integers(1, 1000, (2, 64)).astype(np.int32))
+    experts = jax.device_put(np.asarray(held), NamedSharding(mesh, PartitionSpec(None, "ep")))
+    names = {"jax": jax, "mesh": mesh, "load": load, "held": held, "experts": experts}
+    exec(code, names)
+    np.testing.assert_array_equal(names["experts"], names["new"])
+    np.testing.assert_array_equal(names["maps"].physical_to_logical, names["new"])
+    assert experts.is_deleted()
 
 
 def test_the_example_notices_rows_in_wrong_places():
