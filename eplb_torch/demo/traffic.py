@@ -52,7 +52,7 @@ def make_phases(domains: Mapping[str, Domain], seed: int) -> tuple[Phase, ...]:
     generator = torch.Generator().manual_seed(seed)
     left = {}
     for name, domain in domains.items():
-        requests = domain.held_out.unfold(0, REQUEST_LENGTH, REQUEST_LENGTH)
+        requests = domain.held_out.unfold(0, REQUEST_LENGTH, REQUEST_LENGTH).unique(dim=0)
         left[name] = requests[torch.randperm(len(requests), generator=generator)]
 
     def take(name: str, count: int) -> Int[Tensor, "requests length"]:
