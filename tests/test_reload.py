@@ -296,7 +296,7 @@ def test_a_rearrangement_that_starts_in_between_is_noticed():
         ({"names": ["scale", "biased"]}, r"got \[biased\]. Choose from"),
         ({"in_flight": lambda: True}, "under way"),
     ],
-    ids=str,
+    ids=["layers", "slots", "ranks", "ep_rank", "negative", "names", "in flight"],
 )
 def test_reloads_that_cannot_work_are_refused_at_the_start(options, message):
     arguments = {"weights": old_weights(), "physical_to_logical": PLACEMENT, "topology": TOPOLOGY, "ep_rank": 0}
