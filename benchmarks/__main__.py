@@ -1,6 +1,6 @@
 """Run all benchmarks: `python -m benchmarks`."""
 
-from benchmarks import elastic, estimators, executor, frontier, planning, plugs, runtime, sharded, shares
+from benchmarks import elastic, estimators, executor, frontier, planning, plugs, replay, runtime, sharded, shares
 
 PARTS = {
     "Planning time": planning,
@@ -8,6 +8,7 @@ PARTS = {
     "Load estimators": estimators,
     "The runtime": runtime,
     "Shares and locality": shares,
+    "Replays": replay,
     "Plugs for vLLM and SGLang": plugs,
     "Executor": executor,
     "Sharded JAX arrays": sharded,
