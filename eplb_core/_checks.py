@@ -19,13 +19,14 @@ class LostExpertsError(EplbError):
         lost: the `(layer, expert)` pairs, sorted.
     """
 
-    def __init__(self, lost: list[tuple[int, int]]):
+    def __init__(
+        self,
+        lost: list[tuple[int, int]],
+        rule: str = "`plan_moves(new=...)` needs experts that no live slot holds",
+        advice: str = "Reload them from a checkpoint and pass `allow_lost=True` to plan the other moves.",
+    ):
         self.lost = lost
-        super().__init__(
-            "`plan_moves(new=...)` needs experts that no live slot holds; "
-            f"got lost (layer, expert) pairs {listing(lost)}. "
-            "Reload them from a checkpoint and pass `allow_lost=True` to plan the other moves."
-        )
+        super().__init__(f"{rule}; got lost (layer, expert) pairs {listing(lost)}. {advice}")
 
 
 def require(condition: bool, rule: str, got: str, advice: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch.distributed as dist
 from jaxtyping import Int
 
-from eplb_core import Topology, check_placement
+from eplb_core import EMPTY, Topology, check_placement
 from eplb_core._checks import EplbError, require
 from eplb_torch.device_maps import DeviceMaps
 from eplb_torch.weights import ExpertWeights
@@ -67,7 +67,8 @@ class LiveModel:
         weights: this rank's slots, one layer for each of the placement.
         maps: what the engine's dispatch looks up; they are updated in place.
         topology: sizes of the group.
-        physical_to_logical: `[layers, slots]` that weights and maps are in.
+        physical_to_logical: `[layers, slots]` that weights and maps are in; `EMPTY` everywhere for a rank that is to
+            join a group, with a topology of one rank.
 
     Raises:
         EplbError: if the placement does not fit, or lacks an expert.
@@ -82,7 +83,7 @@ class LiveModel:
     ):
         self.weights, self.maps, self.topology = weights, maps, topology
         self._placement = np.array(physical_to_logical, dtype=np.int32)
-        check_placement(self._placement, topology, self.num_logical)
+        check_placement(self._placement, topology, self.num_logical, allow_lost=bool((self._placement == EMPTY).all()))
 
     @property
     def num_logical(self) -> int:

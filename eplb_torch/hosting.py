@@ -1,0 +1,154 @@
+"""The models that one process hosts part of, and how they follow a plan of their group."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from jaxtyping import Real
+
+from eplb_core._checks import listing, require
+from eplb_core.elastic_plan import ElasticPlan
+from eplb_torch.balancer import ExpertBalancer
+from eplb_torch.carry_out import MoveOptions, ReadRow, carry_out, check_plan
+from eplb_torch.holdings import Holdings, gather_holdings, heard, level_slots
+from eplb_torch.live_model import ElasticModel
+from eplb_torch.members import Members, MembersLost
+from eplb_torch.report import RearrangeError
+from eplb_torch.transport import Transport
+
+_DONE, _FAILED = b"\x01", b"\x00"
+
+Loads = Mapping[str, Real[Any, "layers logical"]]
+"""By model, tokens per expert."""
+
+MakePlan = Callable[[Holdings, int | None], ElasticPlan]
+"""`(holdings, slots_per_rank or None for as many as now) -> plan`."""
+
+
+class Hosting:
+    """Models by name, and for each the rank by which this process's slots are found in its placement.
+
+    Args:
+        models: one, which is called `"main"`, or several by name.
+        rank: of this process in the models' placements.
+        read_row, resize: as for `ElasticGroup`.
+        options: of the moves.
+    """
+
+    def __init__(
+        self,
+        models: ElasticModel | Mapping[str, ElasticModel],
+        rank: int,
+        read_row: ReadRow | Mapping[str, ReadRow] | None,
+        resize: bool,
+        options: MoveOptions,
+    ):
+        self.models: dict[str, ElasticModel] = dict(models) if isinstance(models, Mapping) else {"main": models}
+        self.read_row, self._resize, self._options = read_row, resize, options
+        self._seats = dict.fromkeys(self.models, rank)
+
+    def loads(self, given: Loads | None, balancer: ExpertBalancer | None) -> dict[str, np.ndarray]:
+        """The load to plan each model for: as given, or as the balancer foresees it, or none."""
+        loads = {}
+        for name, model in self.models.items():
+            shape = (model.weights.num_layers, model.num_logical)
+            if given is not None and name in given:
+                load = np.asarray(given[name])
+            elif balancer is not None and name in balancer.models:
+                load = balancer.forecast(name)
+            else:
+                load = np.zeros(shape)
+            require(
+                load.shape == shape,
+                f"`loads` must be `[layers, logical]` = {shape} for {name!r}",
+                f"shape={load.shape}",
+                "Count tokens per logical expert.",
+            )
+            loads[name] = load
+        return loads
+
+    def plan(self, loads: Loads, transport: Transport, members: Members, make_plan: MakePlan) -> dict[str, ElasticPlan]:
+        """Plan from what all ranks hold. A collective; the plans, or the error, are the same on all ranks.
+
+        Raises:
+            TransportError: if a rank was not heard.
+            EplbError: if a model's experts cannot all be hosted; see `check_plan`.
+        """
+        level_slots(self.models, transport, self._options.timeout)
+        nodes, timeout = members.num_nodes, self._options.timeout
+        holdings = gather_holdings(self.models, self._seats, loads, transport, nodes, timeout)
+        plans = {name: make_plan(held, None) for name, held in holdings.items()}
+        for name, plan in plans.items():
+            if plan.unhosted and self._resize:
+                plans[name] = make_plan(holdings[name], plan.min_slots_per_rank)
+        for name, plan in plans.items():
+            check_plan(plan, self._reader(name))
+        return plans
+
+    def carry_out(
+        self, plans: Mapping[str, ElasticPlan], group: dist.ProcessGroup, transport: Transport, members: Members
+    ) -> None:
+        """Bring all models to their plans, and hear from all ranks that they did so. A collective.
+
+        Raises:
+            RearrangeError: if rows could not be moved.
+            MembersLost: if another rank could not read its rows, which will leave.
+            Exception: whatever `read_row` raised here. This process must leave.
+        """
+        failure: Exception | None = None
+        for name, plan in plans.items():
+            model, self._seats[name] = self.models[name], transport.rank
+            if plan.group.slots_per_rank > model.weights.slots_per_rank:
+                model.resize(plan.group.slots_per_rank)
+            options = {"epoch": members.generation, "read_row": self._reader(name)}
+            try:
+                carry_out(plan, model, group, transport, self._options, **options)
+            except RearrangeError:
+                raise
+            except Exception as error:  # the others hear of it when all models are done
+                failure = failure or error
+        payloads = heard(transport, _DONE if failure is None else _FAILED, self._options.timeout)
+        if failure is not None:
+            raise failure
+        failed = tuple(name for name, done in zip(members.names, payloads, strict=True) if done != _DONE)
+        if failed:
+            raise MembersLost(f"{listing(failed)} could not reload experts", failed)
+
+    def facts(self) -> str:
+        """What must be equal on all ranks, in a line of JSON."""
+        return json.dumps({name: _describe(model) for name, model in self.models.items()})
+
+    def follow(self, facts: str) -> None:
+        """Be like a group that this process is about to join: have as many slots.
+
+        Raises:
+            EplbError: if the models are others than the group's.
+        """
+        theirs, mine = json.loads(facts), json.loads(self.facts())
+        for name in theirs.keys() & mine.keys():
+            slots = theirs[name]["slots_per_rank"]
+            if slots > mine[name]["slots_per_rank"]:
+                self.models[name].resize(slots)
+        mine = json.loads(self.facts())
+        odd = sorted(name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name))
+        require(
+            not odd,
+            "`ElasticGroup.join(models=...)` must be the models of the group",
+            "; ".join(f"{name!r}: {mine.get(name)}, where the group has {theirs.get(name)}" for name in odd),
+            "Load the same models with the same number of slots per rank.",
+        )
+
+    def _reader(self, name: str) -> ReadRow | None:
+        return self.read_row.get(name) if isinstance(self.read_row, Mapping) else self.read_row
+
+
+def _describe(model: ElasticModel) -> dict[str, Any]:
+    return {
+        "layers": model.weights.num_layers,
+        "num_logical": model.num_logical,
+        "slots_per_rank": model.weights.slots_per_rank,
+        "layout": hashlib.blake2b(model.weights.layout().encode(), digest_size=8).hexdigest(),
+    }
