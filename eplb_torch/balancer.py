@@ -154,17 +154,19 @@ class ExpertBalancer:
         Raises:
             RearrangeError, TransportError, TimeoutError: as `step`.
         """
-        try:
-            if self._job is not None:
-                self._mover.start(self._adopt(self._job.result(4 * self.config.timeout)), self._count)
-            for progress in self._mover.drain(self._count):
-                self._switch(progress)
-        except PlanningError as error:
-            self._give_up(error)
-        except _FAILURES as error:
-            self._give_up(error)
-            raise
-        self._abandon_targets()
+        failure = None
+        while self.failure is None:
+            try:
+                self._settle()
+                # Another rank may have begun a decision that is due, and waits for all ranks to take part.
+                if self._count < self._next_step:
+                    break
+                self._begin()
+            except _FAILURES as error:
+                self._give_up(error)
+                failure = failure if isinstance(error, PlanningError) else error
+        if failure is not None:
+            raise failure
 
     def halt(self) -> None:
         """End for good after ranks were lost, whatever was under way. Not a collective; for `ElasticGroup.recover`.
@@ -175,7 +177,7 @@ class ExpertBalancer:
         if self.failure is None:
             self._job = None  # a decision alone has moved nothing
             with suppress(*_FAILURES):
-                self.drain()
+                self._settle()
             self.failure = self.failure or TransportError("the balancer was halted")
         self._worker.stop()
         if self._log is not None:
@@ -232,6 +234,14 @@ class ExpertBalancer:
             self._worker.stop()
             if self._log is not None:
                 self._log.stop()
+
+    def _settle(self) -> None:
+        """Wait for the decision under way, stop the moves under way, and give up what is left of the target."""
+        if self._job is not None:
+            self._mover.start(self._adopt(self._job.result(4 * self.config.timeout)), self._count)
+        for progress in self._mover.drain(self._count):
+            self._switch(progress)
+        self._abandon_targets()
 
     def _configure(self, name: str, model: ServedModel) -> ModelConfig:
         require(
@@ -308,7 +318,8 @@ class ExpertBalancer:
     def _adopt(self, outcome: Outcome) -> list[Moves]:
         self._job = None
         state = control.observe(self._control, outcome.state, steps=self._count - outcome.state.step)
-        self._state = control.adopt(self._control, state, outcome.decisions)
+        self._state = control.adopt(self._control, state, outcome.decisions, step=outcome.step)
+        self._next_step = self._state.next_step
         self.decisions, self._received = outcome.decisions, outcome.received
         for name, decision in outcome.decisions.items():
             self._metrics.count_decision(name, decision.reason.value)
@@ -354,6 +365,8 @@ class ExpertBalancer:
         self._job = None
         self._mover.forget()
         if not self._abandon_targets():
+            step = error.step if isinstance(error, PlanningError) else 0
+            self._next_step = control.later(self._control, self._next_step, step)
             self._state = self._state._replace(next_step=self._next_step)
         for name in self.models:
             self._metrics.count_decision(name, "failed")

@@ -113,19 +113,24 @@ class Mover:
         """Stop, and wait until no message is under way. Every rank calls it at the same boundary.
 
         Raises:
-            RearrangeError: if ranks were lost, or this one has failed.
+            RearrangeError: if ranks were lost, or this one has failed; after a `Progress` that tells what has been
+                committed all the same.
         """
         while self._moves is not None and self._rearrangement is not None:
-            moves, rearrangement = self._moves, self._rearrangement
+            moves, rearrangement, failure = self._moves, self._rearrangement, None
             try:
                 rearrangement.drain()
-            except RearrangeError:
-                # What all had confirmed before is committed all the same.
-                yield Progress(moves.name, rearrangement.placement(moves.old, moves.new), None, 0.0)
-                raise
-            # Another rank may have begun the next one already, and waits for all ranks to take part.
-            self._start_next(boundary)
-            yield Progress(moves.name, rearrangement.placement(moves.old, moves.new), None, 0.0)
+            except RearrangeError as error:
+                failure = error
+            held = rearrangement.placement(moves.old, moves.new)
+            if failure is None and np.array_equal(held, moves.new):
+                # Another rank may have begun the next one already, and waits for all ranks to take part.
+                self._start_next(boundary)
+            else:
+                self.forget()
+            yield Progress(moves.name, held, None, 0.0)
+            if failure is not None:
+                raise failure
 
     def forget(self) -> None:
         """Drop all moves, after one has failed."""

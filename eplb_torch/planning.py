@@ -20,7 +20,15 @@ _FAILED = bytes(_DIGEST_BYTES)
 
 
 class PlanningError(RuntimeError):
-    """Ranks could not agree on a decision. Nothing has moved; all ranks raise it, and may decide again later."""
+    """Ranks could not agree on a decision. Nothing has moved; all ranks raise it, and may decide again later.
+
+    Attributes:
+        step: the last step at which any rank has begun this decision.
+    """
+
+    def __init__(self, text: str, step: int = 0):
+        super().__init__(text)
+        self.step = step
 
 
 class Outcome(NamedTuple):
@@ -31,6 +39,7 @@ class Outcome(NamedTuple):
     plans: of the models that are to move.
     received: by each of these, how many experts ranks receive within their node, and from other nodes.
     seconds: that planning took on this rank.
+    step: the last step at which any rank has begun this decision.
     """
 
     state: ControlState
@@ -38,6 +47,7 @@ class Outcome(NamedTuple):
     plans: dict[str, MovePlan]
     received: dict[str, tuple[int, int]]
     seconds: float
+    step: int
 
 
 class LimitedPlanner(NamedTuple):
@@ -95,23 +105,26 @@ def plan_together(
     names = sorted(config.models)
     payload = b"".join(np.ascontiguousarray(loads[name], dtype=np.int64).tobytes() for name in names)
     times = np.asarray([seconds.get(name, -1.0) for name in names])
-    heard = _all_of(transport.gather(times.tobytes() + payload, timeout))
+    clock = np.asarray([state.step], dtype=np.int64).tobytes()
+    heard = _all_of(transport.gather(clock + times.tobytes() + payload, timeout))
+    step = max(int(np.frombuffer(payload, dtype=np.int64, count=1)[0]) for payload in heard)
     error: Exception | None = None
     outcome = None
     try:
-        outcome = _plan(config, state, names, heard)
+        outcome = _plan(config, state, names, heard, step)
         mine = _digest(names, outcome)
     except Exception as failure:
         error, mine = failure, _FAILED
     digests = _all_of(transport.gather(mine, timeout))
     failed = [rank for rank, digest in enumerate(digests) if digest == _FAILED]
     if outcome is None or failed:
-        raise PlanningError(f"planning failed on ranks {failed}: {error or 'see their errors'}") from error
+        raise PlanningError(f"planning failed on ranks {failed}: {error or 'see their errors'}", step) from error
     odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if odd:
         raise PlanningError(
             f"ranks {odd} decided differently from rank 0, from the same load. Give all ranks one configuration, one "
-            "version of every library, and a planner that depends on nothing else."
+            "version of every library, and a planner that depends on nothing else.",
+            step,
         )
     return outcome
 
@@ -123,10 +136,11 @@ def _all_of(payloads: list[bytes | None]) -> list[bytes]:
     return [payload for payload in payloads if payload is not None]
 
 
-def _plan(config: ControlConfig, state: ControlState, names: list[str], heard: list[bytes]) -> Outcome:
+def _plan(config: ControlConfig, state: ControlState, names: list[str], heard: list[bytes], step: int) -> Outcome:
     rows = np.stack([np.frombuffer(payload, dtype=np.int64) for payload in heard])
-    seconds = rows[:, : len(names)].view(np.float64).max(axis=0)
-    total, start = rows.sum(axis=0), len(names)
+    start = 1 + len(names)
+    seconds = rows[:, 1:start].view(np.float64).max(axis=0)
+    total = rows.sum(axis=0)
     loads = {}
     for name, spent in zip(names, seconds.tolist(), strict=True):
         shape = (len(state.models[name].placement), config.models[name].num_logical)
@@ -134,7 +148,7 @@ def _plan(config: ControlConfig, state: ControlState, names: list[str], heard: l
         start += shape[0] * shape[1]
         if spent >= 0:
             state = measure(config, state, name, spent)
-    start = time.perf_counter()
+    begun = time.perf_counter()
     state = observe(config, state, loads, steps=0)
     decisions = decide(config, state)
     plans = {name: decision.plan for name, decision in decisions.items() if decision.plan is not None}
@@ -142,7 +156,7 @@ def _plan(config: ControlConfig, state: ControlState, names: list[str], heard: l
     for name, plan in plans.items():
         within, across = received_experts(plan, config.models[name].topology)
         received[name] = (int(within.sum()), int(across.sum()))
-    return Outcome(state, decisions, plans, received, time.perf_counter() - start)
+    return Outcome(state, decisions, plans, received, time.perf_counter() - begun, step)
 
 
 def _digest(names: list[str], outcome: Outcome) -> bytes:

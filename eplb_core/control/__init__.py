@@ -52,6 +52,7 @@ __all__ = (
     "decide",
     "due",
     "init",
+    "later",
     "measure",
     "observe",
     "placement_at",
@@ -112,11 +113,20 @@ def observe(
     return ControlState(state.step + steps, state.next_step, models)
 
 
-def adopt(config: ControlConfig, state: ControlState, decisions: Mapping[str, Decision]) -> ControlState:
+def adopt(
+    config: ControlConfig, state: ControlState, decisions: Mapping[str, Decision], *, step: int | None = None
+) -> ControlState:
     """Take the decisions over: placements to move to become targets, and the next decision is due an interval later.
 
     An interval is counted from the step at which this decision was due, not from now: ranks may adopt at different
     steps, and must agree on the next one.
+
+    Args:
+        config: as for `init`.
+        state: before.
+        decisions: from `decide`, of this rank or another.
+        step: the last step at which any rank has begun this decision, if ranks begin at different steps; decisions
+            that were due up to it are left out.
 
     Raises:
         EplbError: if a placement is malformed or lacks an expert, or a rearrangement is under way.
@@ -134,7 +144,8 @@ def adopt(config: ControlConfig, state: ControlState, decisions: Mapping[str, De
         models[name] = after
     if all(decision.reason is Reason.NOT_DUE for decision in decisions.values()):
         return state
-    return ControlState(state.step, state.next_step + config.interval, models)
+    next_step = state.next_step + config.interval
+    return ControlState(state.step, next_step if step is None else later(config, next_step, step), models)
 
 
 def commit(
@@ -176,7 +187,7 @@ def commit(
     next_step = state.next_step
     if not differing(after):
         after = after._replace(target=None)
-        next_step += max((state.step - next_step) // config.interval + 1, 0) * config.interval
+        next_step = later(config, next_step, state.step)
     return ControlState(state.step, next_step, {**state.models, name: after})
 
 
@@ -236,6 +247,16 @@ def restore(config: ControlConfig, state: ControlState, name: str, load: Any, *,
     )
     after = before._replace(load=_tree.like(load, before.load, "load"), epoch=epoch)
     return state._replace(models={**state.models, name: after})
+
+
+def later(config: ControlConfig, next_step: int, step: int) -> int:
+    """The first step after `step` that is `next_step` or whole intervals later.
+
+    >>> from eplb_core import Topology
+    >>> later(ControlConfig({"main": ModelConfig(Topology(1, 1), 1)}, interval=10), next_step=25, step=47)
+    55
+    """
+    return next_step + max((step - next_step) // config.interval + 1, 0) * config.interval
 
 
 def _with_target(model: ModelConfig, state: ModelState, decision: Decision) -> ModelState:
