@@ -19,9 +19,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(VENV)/bin/eplb demo
 
+# Two workers suit machines with two cores and more: many tests start processes of their own.
 test: $(STAMP)
-	$(RUN) -m pytest tests eplb_core eplb_torch
-	$(RUN) -m pytest --jaxtyping-packages=eplb_core,beartype.beartype property_tests
+	$(RUN) -m pytest -n 2 tests eplb_core eplb_torch
+	$(RUN) -m pytest -n 2 --jaxtyping-packages=eplb_core,beartype.beartype property_tests
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -87,6 +87,7 @@ def _from_bits(bits, dtype):
 
 
 def map_shards(function, mesh, in_specs, out_specs):
+    """`jax.shard_map`, also where JAX had it elsewhere; varying values are not checked."""
     import jax
 
     if hasattr(jax, "shard_map"):

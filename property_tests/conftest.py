@@ -4,6 +4,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "eplb",
+    max_examples=60,
     deadline=None,
     derandomize=True,
     print_blob=True,

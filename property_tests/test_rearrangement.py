@@ -59,7 +59,7 @@ class Serving(RuleBasedStateMachine):
         limit = rows * self.weights[0].row_bytes(0)
         self.moving = [
             Rearrangement(
-                weights, plan, TOPOLOGY, transport, timeout=2.0, max_staging_bytes=limit, lead=lead, checksum=True
+                weights, plan, TOPOLOGY, transport, timeout=10.0, max_staging_bytes=limit, lead=lead, checksum=True
             )
             for weights, transport in zip(self.weights, self.transports, strict=True)
         ]
