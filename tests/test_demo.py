@@ -408,7 +408,8 @@ def test_the_live_table_fits_a_narrow_terminal():
     assert max(map(len, text.splitlines())) <= 80
     for name in ("prose", "code "):
         assert re.search(f"{name} +99  1.000 → 1.000 +0.930 +0 +0 +0 +10 / - ", text)
-    assert re.search("▃▃▄.*▇█+\n", text)
+    assert "batches, batch by batch (yellow: weights move)" in text
+    assert re.search("▃▃▄.*▇█+ *\n", text)
     assert "code now: load of each rank / mean in layer 0" in text
     assert re.search(r"rank 0 +█{6} +0\.50 *\n rank 1 +█{18} +1\.50", text)
 

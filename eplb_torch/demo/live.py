@@ -134,8 +134,8 @@ def _table(rows: list[list[Progress]]):
 
 def _timelines(rows: list[list[Progress]]) -> Text:
     """One character per step."""
-    text = Text(f" balancedness over the last {WINDOW_STEPS} batches, after each batch (")
-    text.append("yellow", "yellow").append(": while weights move)")
+    text = Text(f" balancedness over the last {WINDOW_STEPS} batches, batch by batch (")
+    text.append("yellow", "yellow").append(": weights move)")
     for row in rows:
         text.append(f"\n {row[-1].traffic:8}")
         for progress in row[-_TIMELINE_WIDTH:]:
