@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench docs
 
 setup: $(STAMP)
 
@@ -31,3 +31,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) -m benchmarks
+
+docs: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict --config-file .ci/mkdocs.yml
+	@echo "Open build/site/index.html"
