@@ -3,13 +3,12 @@
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Real
+from jaxtyping import Int, Real
 from torch import Tensor
 
 from eplb_core import control
@@ -169,19 +168,32 @@ class ExpertBalancer:
             raise failure
 
     def halt(self) -> None:
-        """End for good after ranks were lost, whatever was under way. Not a collective; for `ElasticGroup.recover`.
+        """End for good on this rank alone, after others were lost. For `ElasticGroup.recover`, as is `settle`.
 
-        Commits what all ranks had confirmed, as the others may have done so, and gives up the rest. Afterwards the
-        models' placements say what this rank's slots hold; `step` does nothing.
+        From now on `step` does nothing. Waits for nothing but a vote that this rank has said yes in. Threads that wait
+        for other ranks end when the connections of the transport are broken, which is next.
         """
         if self.failure is None:
             self._job = None  # a decision alone has moved nothing
-            with suppress(*_FAILURES):
-                self._settle()
-            self.failure = self.failure or TransportError("the balancer was halted")
+            self._mover.halt()
+            self.failure = TransportError("the balancer was halted")
         self._worker.stop()
         if self._log is not None:
             self._log.forget()
+
+    def held_back(self, name: str = "main") -> Int[np.ndarray, "layers slots"] | None:
+        """After `halt`, the placement that `settle(commit=True)` puts a model in; None if that changes nothing.
+
+        All ranks had confirmed it. Others may have committed it, and it may be that only lost ranks hold what it moves.
+        """
+        return self._mover.held_back(name)
+
+    def settle(self, commit: bool) -> None:
+        """After `halt`, commit what is `held_back`, or let it go."""
+        progress = self._mover.settle(commit)
+        if progress is not None:
+            self._switch(progress)
+        self._abandon_targets()
 
     def renewed(self, transport: Transport, *, log_transport: Transport | None = None) -> "ExpertBalancer":
         """Go on in another group, with models that are part of it by now. Every rank calls it at the same boundary.

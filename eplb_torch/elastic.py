@@ -10,12 +10,12 @@ from eplb_core._checks import listing, require
 from eplb_core.elastic import shrink
 from eplb_core.elastic_plan import ElasticPlan
 from eplb_torch.balancer import ExpertBalancer
-from eplb_torch.carry_out import MoveOptions, ReadRow
+from eplb_torch.carry_out import MoveOptions
 from eplb_torch.change import Change, describe_change, suspects_of
 from eplb_torch.connections import Connections
 from eplb_torch.groups import MakeGroup, form_group
 from eplb_torch.holdings import Holdings
-from eplb_torch.hosting import Hosting, Loads
+from eplb_torch.hosting import Hosting, Loads, ReadRows
 from eplb_torch.live_model import ElasticModel
 from eplb_torch.losses import is_loss
 from eplb_torch.members import Members, MembershipError
@@ -68,13 +68,14 @@ class ElasticGroup:
 
     Attributes:
         membership: as given.
+        read_row: as given; may be set later, to recover from an error for want of it.
     """
 
     def __init__(
         self,
         membership: Membership,
         *,
-        read_row: ReadRow | Mapping[str, ReadRow] | None = None,
+        read_row: ReadRows = None,
         resize: bool = False,
         timeout: float = 30.0,
         group_timeout: float = 60.0,
@@ -92,9 +93,9 @@ class ElasticGroup:
             )
         self.membership, self._max_extra_moves = membership, max_extra_moves
         self._connections = Connections(membership, timeout, group_timeout, make_group)
-        self._read_row, self._resize = read_row, resize
+        self.read_row, self._resize = read_row, resize
         self._options = MoveOptions(timeout, max_staging_bytes, checksum)
-        self._hosting = Hosting({}, 0, read_row, resize, self._options)
+        self._hosting = Hosting({}, 0, resize, self._options)
 
     @property
     def members(self) -> Members:
@@ -202,7 +203,7 @@ class ElasticGroup:
         if balancer is not None:
             balancer.halt()
         self._connections.break_all()
-        return self._change(known, self._max_extra_moves, suspects)
+        return self._change(known, self._max_extra_moves, suspects, balancer=balancer)
 
     def admit(
         self, names: Sequence[str], *, balancer: ExpertBalancer | None = None, loads: Loads | None = None
@@ -252,7 +253,7 @@ class ElasticGroup:
         def plan(holdings: Holdings, slots: int | None) -> ElasticPlan:
             return shrink(*holdings, leaving, slots_per_rank=slots, max_extra_moves=self._max_extra_moves)
 
-        plans = self._hosting.plan(known, self.transport, self.members, plan)
+        plans = self._hosting.plan(known, self.transport, self.members, self.read_row, plan)
         self._carry_out(plans)
         if self.membership.name in names:
             self.close()
@@ -273,6 +274,7 @@ class ElasticGroup:
         *,
         joining: Sequence[str] = (),
         leaving: Collection[str] = (),
+        balancer: ExpertBalancer | None = None,
         is_new: bool = False,
     ) -> Change:
         """Agree, connect and move until one generation has done it all."""
@@ -291,7 +293,7 @@ class ElasticGroup:
                 clock.append(time.monotonic())
                 self._connections.connect()
                 clock.append(time.monotonic())
-                plans = self._hosting.plan(loads, self.transport, self.members, plan)
+                plans = self._hosting.plan(loads, self.transport, self.members, self.read_row, plan, balancer)
                 self._carry_out(plans)
             except Exception as error:
                 if not is_loss(error) or attempt == _MOST_ATTEMPTS:
@@ -307,7 +309,7 @@ class ElasticGroup:
 
     def _carry_out(self, plans: Mapping[str, ElasticPlan]) -> None:
         try:
-            self._hosting.carry_out(plans, self.group, self.transport, self.members)
+            self._hosting.carry_out(plans, self.group, self.transport, self.members, self.read_row)
         except RearrangeError:
             raise
         except Exception as error:
@@ -322,7 +324,7 @@ class ElasticGroup:
         return known
 
     def _host(self, models: ElasticModel | Mapping[str, ElasticModel], rank: int) -> Hosting:
-        return Hosting(models, rank, self._read_row, self._resize, self._options)
+        return Hosting(models, rank, self._resize, self._options)
 
     def _facts_of_the_group(self, deadline: float) -> str:
         while time.monotonic() < deadline:

@@ -10,7 +10,7 @@ from jaxtyping import Int, Real
 from eplb_core import EMPTY, Topology
 from eplb_core.elastic import grow
 from eplb_core.elastic_plan import ElasticPlan
-from eplb_torch.live_model import ElasticModel
+from eplb_core.maps import count_replicas
 from eplb_torch.transport import Transport, TransportError
 
 _COUNT = struct.Struct("<i")
@@ -48,57 +48,59 @@ class Holdings(NamedTuple):
         return grow(held, self.load, before, after, joining_ranks=joining, max_extra_moves=max_extra_moves)
 
 
-def level_slots(models: Mapping[str, ElasticModel], transport: Transport, timeout: float) -> None:
-    """Give every rank as many slots as the rank that has most, in every model. A collective.
+class Told(NamedTuple):
+    """What one rank says of one model.
 
-    Ranks differ only if some had got more and others were not told before the group broke.
-
-    Raises:
-        TransportError: if a rank was not heard.
-        EplbError: if a model cannot have more slots.
+    held: int32 `[layers, slots_per_rank]` what its slots hold.
+    held_back: likewise, after it has committed what all ranks had confirmed; `held` if there is nothing.
+    load: float64 `[layers, logical]` tokens that it knows of.
     """
-    mine = b"".join(_COUNT.pack(model.weights.slots_per_rank) for model in models.values())
-    counts = [[count for (count,) in _COUNT.iter_unpack(payload)] for payload in heard(transport, mine, timeout)]
-    for model, slots in zip(models.values(), zip(*counts, strict=True), strict=True):
-        if max(slots) > model.weights.slots_per_rank:
-            model.resize(max(slots))
+
+    held: Int[np.ndarray, "layers slots_per_rank"]
+    held_back: Int[np.ndarray, "layers slots_per_rank"]
+    load: Real[np.ndarray, "layers logical"]
 
 
 def gather_holdings(
-    models: Mapping[str, ElasticModel],
-    seats: Mapping[str, int],
-    loads: Mapping[str, Real[np.ndarray, "layers logical"]],
-    transport: Transport,
-    num_nodes: int,
-    timeout: float,
-) -> dict[str, Holdings]:
-    """Let every rank tell what its slots hold. A collective, after `level_slots`.
+    mine: Mapping[str, Told], transport: Transport, num_nodes: int, timeout: float
+) -> tuple[dict[str, Holdings], bool]:
+    """Let every rank tell what its slots hold. A collective.
 
     A rank knows its own slots for certain, whatever became of the last rearrangement elsewhere; what it believes of
-    others is not asked for.
+    others is not asked for. Ranks have different numbers of slots if some had got more when the group broke: then
+    those of the others are counted as `EMPTY`.
 
     Args:
-        models: in the same order on all ranks.
-        seats: by model, which rank of its placement this one is.
-        loads: by model.
+        mine: what this rank says of each model, in the same order on all ranks.
         transport: of the group.
         num_nodes: of the group.
-        timeout: seconds to wait for the others.
+        timeout: seconds to wait for the others, twice.
+
+    Returns:
+        By model; and whether those with something held back are to commit it: if no more experts are lost than without.
 
     Raises:
         TransportError: if a rank was not heard.
     """
-    held = {name: _own_slots(model, seats[name]) for name, model in models.items()}
-    mine = b"".join(held[name].tobytes() + loads[name].astype(np.float64).tobytes() for name in models)
-    payloads, start, holdings = heard(transport, mine, timeout), 0, {}
-    for name, model in models.items():
-        middle, end = start + held[name].nbytes, start + held[name].nbytes + loads[name].size * 8
-        parts = [np.frombuffer(p[start:middle], dtype=np.int32).reshape(held[name].shape) for p in payloads]
-        load = np.sum([np.frombuffer(p[middle:end]).reshape(loads[name].shape) for p in payloads], axis=0)
-        topology = Topology(transport.size, model.weights.slots_per_rank, num_nodes)
-        holdings[name] = Holdings(np.concatenate(parts, axis=1), load, topology)
+    counts = b"".join(_COUNT.pack(told.held.shape[1]) for told in mine.values())
+    everyones = [[count for (count,) in _COUNT.iter_unpack(p)] for p in heard(transport, counts, timeout)]
+    slots = dict(zip(mine, (max(column) for column in zip(*everyones, strict=True)), strict=True))
+    wide = {name: _widen(told, slots[name]) for name, told in mine.items()}
+    payloads = heard(transport, b"".join(_to_bytes(told) for told in wide.values()), timeout)
+    told, start = {}, 0
+    for name, ours in wide.items():
+        end = start + len(_to_bytes(ours))
+        told[name] = [_from_bytes(payload[start:end], ours) for payload in payloads]
         start = end
-    return holdings
+    kept, committed = (
+        {name: np.concatenate([getattr(one, what) for one in ones], axis=1) for name, ones in told.items()}
+        for what in ("held", "held_back")
+    )
+    loads = {name: np.sum([one.load for one in ones], axis=0) for name, ones in told.items()}
+    commit = _count_lost(committed, loads) <= _count_lost(kept, loads)
+    chosen = committed if commit else kept
+    sizes = {name: Topology(transport.size, slots[name], num_nodes) for name in mine}
+    return {name: Holdings(chosen[name], loads[name], sizes[name]) for name in mine}, commit
 
 
 def heard(transport: Transport, payload: bytes, timeout: float) -> list[bytes]:
@@ -110,8 +112,30 @@ def heard(transport: Transport, payload: bytes, timeout: float) -> list[bytes]:
     return [theirs for theirs in payloads if theirs is not None]
 
 
-def _own_slots(model: ElasticModel, seat: int) -> Int[np.ndarray, "layers slots_per_rank"]:
-    """What the slots of this rank hold; `EMPTY` in those that have been added since."""
-    by_rank = model.placement.reshape(model.weights.num_layers, model.topology.ep_size, -1)
-    more = model.weights.slots_per_rank - by_rank.shape[2]
-    return np.pad(by_rank[:, seat], ((0, 0), (0, more)), constant_values=EMPTY).astype(np.int32)
+def own_slots(
+    placement: Int[np.ndarray, "layers slots"], topology: Topology, rank: int
+) -> Int[np.ndarray, "layers slots_per_rank"]:
+    """Cut one rank's part out of a placement."""
+    return placement.reshape(len(placement), topology.ep_size, -1)[:, rank].astype(np.int32)
+
+
+def _widen(told: Told, slots: int) -> Told:
+    more = ((0, 0), (0, slots - told.held.shape[1]))
+    held, held_back = (np.pad(part, more, constant_values=EMPTY) for part in (told.held, told.held_back))
+    return Told(held, held_back, told.load)
+
+
+def _to_bytes(told: Told) -> bytes:
+    return b"".join(np.ascontiguousarray(array).tobytes() for array in told)
+
+
+def _from_bytes(payload: bytes, like: Told) -> Told:
+    arrays, start = [], 0
+    for array in like:
+        arrays.append(np.frombuffer(payload[start : start + array.nbytes], dtype=array.dtype).reshape(array.shape))
+        start += array.nbytes
+    return Told(*arrays)
+
+
+def _count_lost(placements: Mapping[str, np.ndarray], loads: Mapping[str, np.ndarray]) -> int:
+    return sum(int((count_replicas(held, loads[name].shape[1]) == 0).sum()) for name, held in placements.items())

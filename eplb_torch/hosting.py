@@ -13,13 +13,16 @@ from eplb_core._checks import listing, require
 from eplb_core.elastic_plan import ElasticPlan
 from eplb_torch.balancer import ExpertBalancer
 from eplb_torch.carry_out import MoveOptions, ReadRow, carry_out, check_plan
-from eplb_torch.holdings import Holdings, gather_holdings, heard, level_slots
+from eplb_torch.holdings import Holdings, Told, gather_holdings, heard, own_slots
 from eplb_torch.live_model import ElasticModel
 from eplb_torch.members import Members, MembersLost
 from eplb_torch.report import RearrangeError
 from eplb_torch.transport import Transport
 
 _DONE, _FAILED = b"\x01", b"\x00"
+
+ReadRows = ReadRow | Mapping[str, ReadRow] | None
+"""For all models, or by name."""
 
 Loads = Mapping[str, Real[Any, "layers logical"]]
 """By model, tokens per expert."""
@@ -34,7 +37,7 @@ class Hosting:
     Args:
         models: one, which is called `"main"`, or several by name.
         rank: of this process in the models' placements.
-        read_row, resize: as for `ElasticGroup`.
+        resize: as for `ElasticGroup`.
         options: of the moves.
     """
 
@@ -42,16 +45,19 @@ class Hosting:
         self,
         models: ElasticModel | Mapping[str, ElasticModel],
         rank: int,
-        read_row: ReadRow | Mapping[str, ReadRow] | None,
         resize: bool,
         options: MoveOptions,
     ):
         self.models: dict[str, ElasticModel] = dict(models) if isinstance(models, Mapping) else {"main": models}
-        self.read_row, self._resize, self._options = read_row, resize, options
+        self._resize, self._options = resize, options
         self._seats = dict.fromkeys(self.models, rank)
 
     def loads(self, given: Loads | None, balancer: ExpertBalancer | None) -> dict[str, np.ndarray]:
-        """The load to plan each model for: as given, or as the balancer foresees it, or none."""
+        """The load to plan each model for: as given, or as the balancer foresees it, or none.
+
+        Raises:
+            EplbError: if a load does not fit its model.
+        """
         loads = {}
         for name, model in self.models.items():
             shape = (model.weights.num_layers, model.num_logical)
@@ -67,29 +73,50 @@ class Hosting:
                 f"shape={load.shape}",
                 "Count tokens per logical expert.",
             )
-            loads[name] = load
+            loads[name] = load.astype(np.float64)
         return loads
 
-    def plan(self, loads: Loads, transport: Transport, members: Members, make_plan: MakePlan) -> dict[str, ElasticPlan]:
+    def plan(
+        self,
+        loads: Loads,
+        transport: Transport,
+        members: Members,
+        read_row: ReadRows,
+        make_plan: MakePlan,
+        balancer: ExpertBalancer | None = None,
+    ) -> dict[str, ElasticPlan]:
         """Plan from what all ranks hold. A collective; the plans, or the error, are the same on all ranks.
+
+        Args:
+            loads: of this rank.
+            transport, members: of the group.
+            read_row: as for `ElasticGroup`.
+            make_plan: for one model.
+            balancer: that was halted, if there is one: what it holds back is committed here, or let go.
 
         Raises:
             TransportError: if a rank was not heard.
             EplbError: if a model's experts cannot all be hosted; see `check_plan`.
         """
-        level_slots(self.models, transport, self._options.timeout)
-        nodes, timeout = members.num_nodes, self._options.timeout
-        holdings = gather_holdings(self.models, self._seats, loads, transport, nodes, timeout)
+        mine = {name: self._tell(name, loads[name], balancer) for name in self.models}
+        holdings, commit = gather_holdings(mine, transport, members.num_nodes, self._options.timeout)
+        if balancer is not None:
+            balancer.settle(commit)
         plans = {name: make_plan(held, None) for name, held in holdings.items()}
         for name, plan in plans.items():
             if plan.unhosted and self._resize:
                 plans[name] = make_plan(holdings[name], plan.min_slots_per_rank)
         for name, plan in plans.items():
-            check_plan(plan, self._reader(name))
+            check_plan(plan, _reader(read_row, name))
         return plans
 
     def carry_out(
-        self, plans: Mapping[str, ElasticPlan], group: dist.ProcessGroup, transport: Transport, members: Members
+        self,
+        plans: Mapping[str, ElasticPlan],
+        group: dist.ProcessGroup,
+        transport: Transport,
+        members: Members,
+        read_row: ReadRows,
     ) -> None:
         """Bring all models to their plans, and hear from all ranks that they did so. A collective.
 
@@ -103,7 +130,7 @@ class Hosting:
             model, self._seats[name] = self.models[name], transport.rank
             if plan.group.slots_per_rank > model.weights.slots_per_rank:
                 model.resize(plan.group.slots_per_rank)
-            options = {"epoch": members.generation, "read_row": self._reader(name)}
+            options = {"epoch": members.generation, "read_row": _reader(read_row, name)}
             try:
                 carry_out(plan, model, group, transport, self._options, **options)
             except RearrangeError:
@@ -141,8 +168,16 @@ class Hosting:
             "Load the same models with the same number of slots per rank.",
         )
 
-    def _reader(self, name: str) -> ReadRow | None:
-        return self.read_row.get(name) if isinstance(self.read_row, Mapping) else self.read_row
+    def _tell(self, name: str, load: np.ndarray, balancer: ExpertBalancer | None) -> Told:
+        model, seat = self.models[name], self._seats[name]
+        later = None if balancer is None else balancer.held_back(name)
+        now = model.placement
+        held, held_back = (own_slots(p, model.topology, seat) for p in (now, now if later is None else later))
+        return Told(held, held_back, load)
+
+
+def _reader(read_row: ReadRows, name: str) -> ReadRow | None:
+    return read_row.get(name) if isinstance(read_row, Mapping) else read_row
 
 
 def _describe(model: ElasticModel) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from eplb_core._checks import require
 from eplb_torch.members import Evicted, Members, MembershipError, MembersLost
-from eplb_torch.pulse import Pulse
+from eplb_torch.pulse import Pulse, own_connection
 from eplb_torch.roll import Roll
 from eplb_torch.worker import Worker
 
@@ -87,8 +87,11 @@ class Membership:
 
     @property
     def store(self) -> Store:
-        """A part of the store for this generation alone, for what its members have to tell each other."""
-        return PrefixStore(f"{self.members.generation}/own", self._store)
+        """A part of the store for this generation alone, for what its members have to tell each other.
+
+        Over a connection of its own, where the store can be cloned: who waits there does not keep this waiting.
+        """
+        return PrefixStore(f"{self.members.generation}/own", own_connection(self._store))
 
     def found(self, rank: int, size: int) -> Members:
         """Be one of the first members. All `size` call it, with ranks `0..size-1`; later ranks may be others, as

@@ -132,6 +132,28 @@ class Mover:
             if failure is not None:
                 raise failure
 
+    def halt(self) -> None:
+        """Stop on this rank alone, after others were lost. `settle` must follow."""
+        self._waiting = []
+        if self._rearrangement is None or not self._rearrangement.halt():
+            self.forget()
+
+    def held_back(self, name: str) -> Int[np.ndarray, "layers slots"] | None:
+        """After `halt`, the placement of a model if `settle` commits; None if that changes nothing."""
+        moves, rearrangement = self._moves, self._rearrangement
+        if moves is None or rearrangement is None or moves.name != name:
+            return None
+        return rearrangement.placement(moves.old, moves.new, settled=True)
+
+    def settle(self, commit: bool) -> Progress | None:
+        """Commit what all ranks had confirmed before `halt`, or let it go. None if there was nothing."""
+        moves, rearrangement = self._moves, self._rearrangement
+        self.forget()
+        if moves is None or rearrangement is None:
+            return None
+        rearrangement.settle(commit)
+        return Progress(moves.name, rearrangement.placement(moves.old, moves.new), None, 0.0)
+
     def forget(self) -> None:
         """Drop all moves, after one has failed."""
         self._waiting, self._moves, self._rearrangement = [], None, None

@@ -3,16 +3,15 @@
 import struct
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
-import torch
 from jaxtyping import Int
 
 from eplb_core import MovePlan, Topology
 from eplb_core._checks import require
 from eplb_torch.report import RearrangeError, RearrangeReport
 from eplb_torch.staging import Staging
+from eplb_torch.streams import Streams
 from eplb_torch.transaction import Options, Prepared, Transaction
 from eplb_torch.transport import Transport
 from eplb_torch.weights import ExpertWeights
@@ -95,7 +94,7 @@ class Rearrangement:
         self._confirmed = False
         self._error: Exception | None = None
         self._finished = False
-        self._streams = _Streams(weights.device)
+        self._streams = Streams(weights.device)
         self._worker = threading.Thread(target=self._run, daemon=True, name="eplb-rearrangement")
         self._worker.start()
 
@@ -111,10 +110,20 @@ class Rearrangement:
         return self._transaction.committed_layers
 
     def placement(
-        self, old: Int[np.ndarray, "layers slots"], new: Int[np.ndarray, "layers slots"]
+        self, old: Int[np.ndarray, "layers slots"], new: Int[np.ndarray, "layers slots"], *, settled: bool = False
     ) -> Int[np.ndarray, "layers slots"]:
-        """The placement in force, given those that the plan was made from."""
-        return np.where(self._transaction.committed, new, old)
+        """The placement in force, given those that the plan was made from.
+
+        Args:
+            old, new: the placements.
+            settled: as it would be after `settle(commit=True)`.
+        """
+        committed = self._transaction.committed
+        if settled and self._pending is not None:
+            part = self._pending[1].part
+            committed = committed.copy()
+            committed[list(part.layers)] |= part.covers
+        return np.where(committed, new, old)
 
     def report(self) -> RearrangeReport:
         """What this rank has done so far."""
@@ -180,6 +189,31 @@ class Rearrangement:
             if error.lost_ranks or not stopped:
                 raise
         return self.committed_layers
+
+    def halt(self) -> bool:
+        """Stop on this rank alone, after others were lost; `step` and `wait` must not be called any more.
+
+        Waits for nothing but a vote on a part that this rank has said yes to, as others may commit it. The worker
+        ends when its connections are broken.
+
+        Returns:
+            Whether a part is left that all ranks have confirmed, and that this one can commit or not: `settle` it.
+        """
+        self.abort()
+        with self._changed:
+            offer = self._pending  # the last one: from here on the worker says no
+            while offer is not None and self._pending is offer and not self._confirmed:
+                self._changed.wait(1.0)
+            return self._pending is not None
+
+    def settle(self, commit: bool) -> tuple[int, ...]:
+        """After `halt`, commit the part that is left, or let it go. Returns the layers whose placement changed."""
+        with self._changed:
+            if commit and self._pending is not None:
+                return self._commit_here(time.monotonic())
+            self._pending, self._confirmed = None, False
+            self._changed.notify_all()
+            return ()
 
     def _commit_here(self, now: float) -> tuple[int, ...]:
         """Commit the pending part, once it is sure that all ranks do."""
@@ -264,36 +298,3 @@ class Rearrangement:
                 self._transaction.commit(prepared)
             while self._pending is not None:
                 self._changed.wait()
-
-
-class _Streams:
-    """Orders the worker's stream and the caller's on an accelerator; nothing on the CPU."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._side = None if device.type == "cpu" else torch.Stream(device)
-        self._event = None if self._side is None else torch.Event(device)
-        self.after_commit()
-
-    def side(self) -> AbstractContextManager:
-        """The worker's stream, which starts when the caller's writes so far are done."""
-        if self._side is None:
-            return nullcontext()
-        torch.accelerator.set_device_index(self._device.index or 0)
-        self._order_after_commit()
-        return self._side
-
-    def before_commit(self) -> None:
-        """Let the caller's stream wait for what the worker has put on its own."""
-        if self._side is not None:
-            torch.accelerator.current_stream(self._device).wait_stream(self._side)
-
-    def after_commit(self) -> None:
-        """Let the worker's stream wait for the copies of the commit before it reuses their memory."""
-        if self._event is not None:
-            self._event.record(torch.accelerator.current_stream(self._device))
-            self._order_after_commit()
-
-    def _order_after_commit(self) -> None:
-        if self._side is not None and self._event is not None:
-            self._side.wait_event(self._event)

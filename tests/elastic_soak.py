@@ -180,7 +180,7 @@ class Report(NamedTuple):
     wrong_tokens: outputs other than the oracle's.
     wrong_rows: slots with other bytes than their expert's.
     lost_in_vain: experts loaded anew of which a survivor had a copy in all survivors' views.
-    disputed: likewise, but the views differ, as a layer was switching.
+    disputed: likewise, but the views differ, as a layer was switching, or more were lost meanwhile.
     reloaded: experts loaded anew.
     evicted: living processes that the others left behind.
     detected: seconds from a kill to the first error on each survivor, for kills that met a calm group.
@@ -241,7 +241,8 @@ def _lost_in_vain(logs: dict[str, list[dict[str, Any]]]) -> tuple[int, int]:
         reload, names = pairs[0][1]["reload"], pairs[0][1]["names"]
         for layer, expert in reload:
             held = [_holds(view, names, layer, expert) for view, _ in pairs]
-            surely, perhaps = surely + all(held), perhaps + (any(held) and not all(held))
+            is_sure = all(held) and all(changed["attempts"] == 1 for _, changed in pairs)
+            surely, perhaps = surely + is_sure, perhaps + (any(held) and not is_sure)
     return surely, perhaps
 
 
