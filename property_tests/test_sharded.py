@@ -92,6 +92,72 @@ def test_staging_is_within_the_limit_or_what_one_layer_needs(problem, max_places
     assert alone <= topology.num_slots
 
 
+def reads_and_writes(script: Script, rank: int):
+    """Events of one rank, as (stage, kind, row of the weights, place); stage `i + 1` begins with round `i`."""
+    events = []
+
+    def take_steps(stage, start, stop):
+        for step in range(start, stop):
+            first = script.steps[rank, step - 1, 1] if step else 0
+            middle, last = script.steps[rank, step]
+            events.extend((stage, "save", row, place) for row, place in script.copies[rank, first:middle].tolist())
+            events.extend((stage, "restore", row, place) for row, place in script.copies[rank, middle:last].tolist())
+
+    take_steps(0, 0, script.stepped[rank, 0])
+    for now in range(int(script.num_rounds)):
+        split, num_sent = script.split[rank, now], script.num_sent[rank, now]
+        events.extend((now + 1, "send", row, None) for row in script.send[rank, now, :split].tolist())
+        events.extend((now + 1, "pass on", None, place) for place in script.send[rank, now, split:num_sent].tolist())
+        kept = script.keep[rank, now, : script.num_kept[rank, now]].tolist()
+        events.extend((now + 1, "keep", None, place) for place in kept)
+        take_steps(now + 1, script.stepped[rank, now], script.stepped[rank, now + 1])
+    return events
+
+
+@given(plans(), st.integers(1, 3))
+def test_staging_has_as_many_places_as_rows_wait_at_a_time(problem, width):
+    topology, plan = problem
+    script = write_script(plan, topology, width=width)
+    most = 0
+    for rank in range(topology.ep_size):
+        events = reads_and_writes(script, rank)
+        begun: dict[int, int] = {}
+        last_use: dict[tuple[int, int], int] = {}
+        for i, (_, kind, _, place) in enumerate(events):
+            if kind in ("save", "keep"):
+                begun[place] = i
+            if place is not None:
+                last_use[place, begun[place]] = i
+        ends = {end: place for (place, _), end in last_use.items()}
+        waiting: set[int] = set()
+        for i, (_, kind, _, place) in enumerate(events):
+            if kind in ("save", "keep"):
+                assert place not in waiting
+                waiting.add(place)
+                most = max(most, len(waiting))
+            if i in ends:
+                waiting.discard(ends[i])
+    assert script.num_places == most
+
+
+@given(plans(), st.integers(1, 3))
+def test_a_row_that_arrived_waits_only_for_its_slot_to_be_read(problem, width):
+    topology, plan = problem
+    script = write_script(plan._replace(relay_slot=None), topology, width=width)
+    for rank in range(topology.ep_size):
+        arrived, last_read = {}, {}
+        for stage, kind, row, place in reads_and_writes(script, rank):
+            if kind == "keep":
+                arrived[place] = stage
+            elif kind == "save":
+                arrived.pop(place, None)
+                last_read[row] = stage
+            elif kind == "send":
+                last_read[row] = stage
+            elif kind == "restore" and place in arrived:
+                assert stage == max(arrived[place], last_read.get(row, 0))
+
+
 @given(plans(), st.integers(1, 3))
 def test_as_many_rows_cross_as_the_plan_has_transfers_and_detours(problem, width):
     """Rows never go to the rank they are on, and a rank sends at most `width` in a round."""

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from eplb_core.shifts import schedule_shifts
@@ -50,7 +50,12 @@ def test_a_rank_sends_at_most_width_messages_in_a_round(demand):
     assert order == sorted(order)
 
 
+# Here detours save a round, and cost two by second legs that are late.
+LATE = 4, 2, np.asarray([0, 0, 1, 3, 1, 0, 1, 2, 2, 0]), np.asarray([1, 3, 0, 2, 2, 1, 2, 1, 0, 2])
+
+
 @given(demands())
+@example(LATE)
 def test_there_are_no_more_rounds_than_without_detours_and_no_fewer_than_the_busiest_rank_needs(demand):
     ep_size, width, src, dst = demand
     rounds = schedule_shifts(src, dst, ep_size, width=width)

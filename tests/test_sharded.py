@@ -239,6 +239,20 @@ def test_staging_can_be_limited():
     assert limited < 0.8 * free
 
 
+def test_staging_is_not_rounded_up_beyond_its_limit():
+    mesh, topology, num_layers, limit = make_mesh(ep=8), Topology(8, 9), 16, 7
+    plan = some_moves(num_layers, topology, 0.5)
+    assert write_script(plan, topology, max_places=limit).num_places == limit
+    weights = stacked(mesh, num_layers, 72, 3000)
+    options = {"max_staging_bytes": limit * 12000}
+    text = lower(weights, plan, topology, mesh=mesh, **options).compile().as_text()
+    assert f"f32[{limit},3000]" in text
+    np.testing.assert_array_equal(
+        rearrange(weights, plan, topology, mesh=mesh, **options),
+        apply_moves(np.arange(num_layers * 72 * 3000).reshape(num_layers, 72, 3000).astype(np.float32), plan),
+    )
+
+
 # What is refused
 
 
