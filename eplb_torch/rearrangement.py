@@ -18,6 +18,7 @@ from eplb_torch.weights import ExpertWeights
 
 _CLOCK = struct.Struct("<qd")  # a boundary, and the seconds between two of them
 _ANYWHERE = -1  # the boundary at which a rank in `wait` stands: all that is left may be committed there
+_STOPS = -2  # the boundary of a rank that will not commit at any
 _LEAST_LEAD_SECONDS, _MAX_LEAD_SECONDS = 0.01, 5.0
 
 
@@ -269,7 +270,9 @@ class Rearrangement:
             boundary = latest + 2 + int(lead / max(shortest, 1e-6))
             start = time.monotonic()
             error = self._offer(boundary, prepared)
-            verdict = self._transaction.vote(self._clock(), error, start)
+            # Whether all stop must follow from what all have heard: a veto of the moment is known here alone.
+            note = self._clock() if error is None or error is not self._transaction.veto else _CLOCK.pack(_STOPS, 0.0)
+            verdict = self._transaction.vote(note, error, start)
             if verdict.accepted:
                 with self._changed:
                     self._confirmed = True
@@ -278,7 +281,8 @@ class Rearrangement:
             with self._changed:
                 self._pending = None
                 self._changed.notify_all()
-            if verdict.lost_ranks or lead > _MAX_LEAD_SECONDS or self._transaction.veto is not None:
+            stops = any(note is not None and _CLOCK.unpack(note)[0] == _STOPS for note in verdict.notes)
+            if verdict.lost_ranks or lead > _MAX_LEAD_SECONDS or stops:
                 raise self._transaction.refuse(verdict, error)
             lead = max(2 * lead, _LEAST_LEAD_SECONDS)
 

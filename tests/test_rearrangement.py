@@ -223,3 +223,32 @@ def test_derived_tensors_are_refreshed_at_the_commit():
             assert torch.equal(layer["up.weight"].double().sum((1, 2)), sums)
 
     on_threads(run)
+
+
+@pytest.mark.parametrize("moment", ["before the offer", "after the vote"])
+def test_a_veto_while_a_boundary_is_chosen_stops_all_ranks_together(moment):
+    def run(transport):
+        moving, weights, topology, old, new = start(transport, timeout=4.0)
+        offer, vote = moving._offer, moving._transaction.vote
+
+        def offer_and(boundary, prepared):
+            if transport.rank == 0 and moment == "before the offer":
+                moving.abort()
+            if transport.rank == 1 and moment == "after the vote":
+                return RuntimeError("passed, it says")
+            return offer(boundary, prepared)
+
+        def vote_and(*args):
+            verdict = vote(*args)
+            if transport.rank == 0 and moment == "after the vote":
+                moving.abort()
+            return verdict
+
+        moving._offer, moving._transaction.vote = offer_and, vote_and
+        begun = time.monotonic()
+        with pytest.raises(RearrangeError) as caught:
+            step_until_done(moving)
+        assert time.monotonic() - begun < 4.0
+        return caught.value.lost_ranks, caught.value.agreed
+
+    assert on_threads(run) == [((), True)] * 3

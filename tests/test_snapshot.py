@@ -31,7 +31,9 @@ def path(request, tmp_path):
     return tmp_path / f"state.{request.param}"
 
 
-@pytest.mark.parametrize("estimator", [sliding_window(3), exponential_decay(2.5), trend_forecast(4)], ids=["window", "decay", "trend"])
+@pytest.mark.parametrize(
+    "estimator", [sliding_window(3), exponential_decay(2.5), trend_forecast(4)], ids=["window", "decay", "trend"]
+)
 def test_an_estimator_goes_on_where_it_was(path, estimator):
     state = estimated(estimator)
     save_snapshot(path, SNAPSHOT._replace(load=state))
