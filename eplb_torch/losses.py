@@ -27,6 +27,9 @@ def is_loss(error: BaseException) -> bool:
         return False
     if isinstance(error, RearrangeError):
         return bool(error.lost_ranks) or not error.agreed
+    if type(error) is ValueError and error.__context__ is not None:
+        # What torch.distributed raises while it logs an error of a group that it does not know by name.
+        return is_loss(error.__context__)
     if isinstance(error, (TransportError, TimeoutError, dist.DistBackendError, dist.DistNetworkError)):
         return True
     return isinstance(error, RuntimeError) and _GLOO.search(str(error)) is not None

@@ -1,7 +1,7 @@
 """Send tokens to the ranks that hold their slots, run the experts there, bring the results back."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ def exchange_tokens(
     route = _plan_route(slots.reshape(-1), topology, group)
     rows = hidden_states[route.order // k]
     received = rows.new_empty((sum(route.receive_sizes), hidden))
-    dist.all_to_all_single(received, rows, route.receive_sizes, route.send_sizes, group=group)
+    _all_to_all(received, rows, route.receive_sizes, route.send_sizes, group)
     results = received
     if received.shape[0]:
         results = run_slots(received, route.local_slots).to(rows.dtype).contiguous()
@@ -74,18 +74,24 @@ def exchange_tokens(
         f"{tuple(received.shape)} in, {tuple(results.shape)} out",
         "Wrap the experts module so that it keeps the hidden size.",
     )
-    dist.all_to_all_single(rows, results, route.send_sizes, route.receive_sizes, group=group)
+    _all_to_all(rows, results, route.send_sizes, route.receive_sizes, group)
     outputs = rows.new_zeros((num_tokens * k, hidden))
     outputs[route.order] = rows
     weighted = outputs.view(num_tokens, k, hidden) * weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
+def _all_to_all(output: Tensor, rows: Tensor, receive_sizes: list[int], send_sizes: list[int], group: Group) -> None:
+    """As `dist.all_to_all_single`, whose errors would be hidden by others where it does not know the group by name."""
+    known: Any = dist.group.WORLD if group is None else group
+    known.alltoall_base(output, rows, receive_sizes, send_sizes).wait()
+
+
 def _plan_route(slots: Tensor, topology: Topology, group: Group) -> _Route:
     """Count the rows for every slot, tell their ranks, and read back the sizes."""
     to_send = count_tokens(slots, topology.num_slots).view(topology.ep_size, topology.slots_per_rank)
     to_receive = torch.empty_like(to_send)
-    dist.all_to_all_single(to_receive, to_send, group=group)
+    _all_to_all(to_receive, to_send, [], [], group)
     send_sizes, receive_sizes = torch.stack([to_send.sum(dim=1), to_receive.sum(dim=1)]).tolist()
     last_if_empty = torch.where(slots == EMPTY, topology.num_slots, slots)
     local_slots = torch.arange(topology.slots_per_rank, device=slots.device).repeat(topology.ep_size)
