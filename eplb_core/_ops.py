@@ -120,10 +120,11 @@ def _expand(mask, like):
 
 
 def pick(x, index) -> Any:
-    """`take_along_axis` along axis 1, without its overhead on NumPy. `index` is `[rows, picked]`."""
+    """`take_along_axis` along axis 1, without its overhead on NumPy. `index` is `[rows, picked]`, from 0."""
     xp = namespace(x)
     if is_numpy(xp):
-        return x[np.arange(x.shape[0])[:, None], index]
+        row = np.arange(x.shape[0])[:, None]
+        return x.reshape(-1).take(index + row * x.shape[1]) if x.ndim == 2 else x[row, index]
     if x.ndim > 2:
         index = xp.broadcast_to(xp.reshape(index, (*index.shape, *[1] * (x.ndim - 2))), (*index.shape, *x.shape[2:]))
     return xp.take_along_axis(x, index, axis=1)
@@ -151,6 +152,22 @@ def holds(held, wanted) -> Any:
     return np.einsum("...k->...", same.view(np.int8)) > 0
 
 
+def index_in(held, wanted) -> Any:
+    """`[rows, n]` int32: the first place in its row of `held [rows, m]` of each of `wanted [rows, n]`; `m` if none."""
+    xp = namespace(held)
+    size = held.shape[1]
+    if is_numpy(xp):
+        # NumPy reduces a short last axis slowly: go over it, for all rows at once.
+        columns, wanted = np.ascontiguousarray(held.T), np.ascontiguousarray(wanted.T)
+        found = np.full(wanted.shape, size, dtype=np.int32)
+        for place in range(size - 1, -1, -1):
+            np.copyto(found, place, where=wanted == columns[place])
+        return np.ascontiguousarray(found.T)
+    same = held[:, None, :] == wanted[:, :, None]
+    first = xp.astype(xp.argmax(xp.astype(same, xp.int8), axis=2), xp.int32)
+    return xp.where(xp.any(same, axis=2), first, xp.asarray(size, dtype=xp.int32))
+
+
 def count_ids(ids, num_ids: int) -> Any:
     """`[rows, num_ids]` int32: how often each id occurs in its row of `ids [rows, n]`; -1 is not counted."""
     xp = namespace(ids)
@@ -164,6 +181,17 @@ def count_ids(ids, num_ids: int) -> Any:
     wanted = row + xp.arange(1, num_ids + 2, dtype=int_dtype(xp))
     edges = xp.astype(xp.reshape(xp.searchsorted(keys, xp.reshape(wanted, (-1,))), wanted.shape), xp.int32)
     return edges[:, 1:] - edges[:, :-1]
+
+
+def inverse(order) -> Any:
+    """`[rows, n]`: where each index stands in `order [rows, n]`, of which every row is a permutation."""
+    xp = namespace(order)
+    if not is_numpy(xp):
+        return xp.argsort(order, axis=1, stable=True)
+    rows, size = order.shape
+    found = np.empty(order.size, dtype=order.dtype)
+    found[(order + np.arange(rows)[:, None] * size).ravel()] = np.tile(np.arange(size), rows)
+    return found.reshape(order.shape)
 
 
 def sum_by_id(values, ids, num_ids: int) -> Any:
@@ -224,12 +252,12 @@ def rounded(x) -> Any:
 def stable_order(ids) -> Any:
     """Stable ascending argsort of small integers along the last axis.
 
-    NumPy sorts 16-bit integers by radix, several times faster than wider ones.
+    NumPy sorts integers of up to 16 bits by radix, several times faster than wider ones.
     """
     xp = namespace(ids)
     if is_numpy(xp) and ids.size:
         least, most = ids.min(), ids.max()
-        for narrow in (np.int16, np.uint16):
+        for narrow in (np.int8, np.int16, np.uint16):
             if np.iinfo(narrow).min <= least and most <= np.iinfo(narrow).max:
                 return np.argsort(ids.astype(narrow), axis=-1, kind="stable")
     return xp.argsort(ids, axis=-1, stable=True)

@@ -6,7 +6,8 @@ from jaxtyping import Int, Shaped
 
 from eplb_core import _ops
 from eplb_core._checks import EMPTY, LostExpertsError, check_ids, require
-from eplb_core.senders import Requests, choose_senders
+from eplb_core.candidates import Requests
+from eplb_core.senders import choose_senders
 from eplb_core.topology import Topology
 
 
@@ -82,10 +83,10 @@ def plan_moves(
         requests, relay = _one_per_node(requests, held, topology)
     sent_from = choose_senders(held, requests, topology)
     if relay is not None:
-        relayed = xp.take_along_axis(sent_from, xp.maximum(relay, 0), axis=1)
+        relayed = _ops.pick(sent_from, xp.maximum(relay, 0))
         sent_from = xp.where(relay == EMPTY, sent_from, relayed)
         relay = xp.where(sent_from == EMPTY, sent_from, relay)
-    shared = xp.take_along_axis(sent_from, primary_slot, axis=1)
+    shared = _ops.pick(sent_from, primary_slot)
     source = xp.where(remote, shared, xp.where(wanted, local_slot, EMPTY))
     source = xp.astype(xp.where(unchanged, slots, source), xp.int32)
     if not allow_lost and not _ops.is_traced(source):
@@ -133,11 +134,12 @@ def apply_moves(
 def _first_on_rank(wanted, held, topology: Topology):
     """Whether the rank of each slot holds the slot's expert in `held`, and the lowest slot that does."""
     xp = _ops.namespace(held)
-    by_rank = (held.shape[0], topology.ep_size, topology.slots_per_rank)
-    same = xp.reshape(wanted, by_rank)[..., :, None] == xp.reshape(held, by_rank)[..., None, :]
-    first = xp.astype(xp.argmax(xp.astype(same, xp.int8), axis=-1), xp.int32)
-    first_slot = xp.arange(topology.ep_size, dtype=xp.int32)[:, None] * topology.slots_per_rank
-    return xp.reshape(xp.any(same, axis=-1), held.shape), xp.reshape(first + first_slot, held.shape)
+    by_rank = (-1, topology.slots_per_rank)
+    first = xp.reshape(_ops.index_in(xp.reshape(held, by_rank), xp.reshape(wanted, by_rank)), held.shape)
+    found = first < topology.slots_per_rank
+    slots = xp.arange(topology.num_slots, dtype=xp.int32)
+    first_slot = slots // topology.slots_per_rank * topology.slots_per_rank
+    return found, xp.where(found, first, 0) + first_slot
 
 
 def _one_per_node(requests: Requests, held, topology: Topology):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from eplb_core import plan_moves, schedule_rounds, verify_plan
 from eplb_core.rounds import colour_edges
 from eplb_core.testing import placement_pairs
+from property_tests.skewed import large_pairs
 
 
 @st.composite
@@ -29,6 +30,21 @@ def test_colours_are_as_many_as_the_largest_degree_and_never_meet(graph):
     assert colour.max() + 1 <= degree
     for side in edges.T:
         assert len(set(zip(side.tolist(), colour.tolist(), strict=True))) == len(edges)
+
+
+def test_a_complete_graph_is_coloured_as_a_tournament():
+    src, dst = np.nonzero(~np.eye(7, dtype=bool))
+    assert colour_edges(src, dst, 7).tolist() == ((dst - src) % 7 % 6).tolist()
+
+
+@given(st.one_of(placement_pairs(empty=True), large_pairs()), st.sampled_from(["direct", "node"]))
+def test_rows_are_sorted_by_round_ranks_layer_and_slot(pair, fan_out):
+    topology, _, old, new = pair
+    schedule = schedule_rounds(plan_moves(old, new, topology, fan_out=fan_out), topology)
+    columns = schedule.round, schedule.src_rank, schedule.dst_rank, schedule.layer, schedule.dst_slot
+    rows = list(zip(*(column.tolist() for column in columns), strict=True))
+    assert rows == sorted(rows)
+    assert {column.dtype for column in schedule} == {np.dtype(np.int32), np.dtype(bool)}
 
 
 @given(st.data(), placement_pairs(empty=True), st.sampled_from(["direct", "node"]))
