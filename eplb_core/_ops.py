@@ -249,6 +249,30 @@ def rounded(x) -> Any:
     return x
 
 
+def descending(x) -> tuple[Any, Any]:
+    """The entries of each row of `x [rows, n]`, largest first, and where they come from; equal ones in order."""
+    xp = namespace(x)
+    if is_numpy(xp) and x.shape[1] <= 2**15:
+        return _descending_numpy(x)
+    order = xp.argsort(-x, axis=1, stable=True)
+    return xp.take_along_axis(x, order, axis=1), order
+
+
+def _descending_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """NumPy sorts fastest where it need not be stable: then runs of equal entries are put in order."""
+    order = np.argsort(-x, axis=1)
+    value = pick(x, order)
+    starts_run = np.ones(x.shape, dtype=bool)
+    np.not_equal(value[:, 1:], value[:, :-1], out=starts_run[:, 1:])
+    bits = (x.shape[1] - 1).bit_length()
+    key = np.cumsum(starts_run, axis=1, dtype=np.int32) - 1
+    key <<= bits
+    key |= order.astype(np.int32)
+    key.sort(axis=1)
+    key &= (1 << bits) - 1
+    return value, key
+
+
 def stable_order(ids) -> Any:
     """Stable ascending argsort of small integers along the last axis.
 

@@ -43,7 +43,7 @@ def pack(load: Float[Any, "rows items"], num_packs: int) -> Int[Any, "rows items
         order = xp.arange(num_items, dtype=xp.int32)[None, :]
         if num_packs == num_items:
             return xp.tile(order, (num_rows, 1))
-        return xp.astype(xp.argsort(-load, axis=1, stable=True), xp.int32)
+        return xp.astype(_ops.descending(load)[1], xp.int32)
     fill = _fill_numpy if _ops.is_numpy(xp) else _fill
     return fill(load, num_packs)
 
@@ -52,8 +52,7 @@ def _fill(load, num_packs: int):
     xp = _ops.namespace(load)
     num_rows, num_items = load.shape
     room = num_items // num_packs
-    order = xp.argsort(-load, axis=1, stable=True)
-    heaviest_first = xp.take_along_axis(load, order, axis=1)
+    heaviest_first, order = _ops.descending(load)
     pack_ids = xp.arange(num_packs, dtype=xp.int32)
 
     def place_next(carry, item):
@@ -71,24 +70,33 @@ def _fill(load, num_packs: int):
 
 
 def _fill_numpy(load, num_packs: int):
-    """`_fill` with flat indexed writes into its own arrays; a full pack weighs infinity."""
+    """`_fill` with indexed additions to its own arrays; a full pack weighs infinity."""
     num_rows, num_items = load.shape
     room = num_items // num_packs
-    order = np.argsort(-load, axis=1, kind="stable")
-    heaviest_first = np.ascontiguousarray(np.take_along_axis(load, order, axis=1).T)
-    order = np.ascontiguousarray(order.T)
-    packed = np.empty(num_rows * num_items, dtype=np.int32)
-    pack_load = np.zeros((num_rows, num_packs), dtype=load.dtype)
-    flat_load, filled = pack_load.reshape(-1), np.zeros(num_rows * num_packs, dtype=np.intp)
+    heaviest_first, order = _ops.descending(load)
+    item_load = np.ascontiguousarray(heaviest_first.T)
     first_pack = np.arange(num_rows) * num_packs
-    for item, item_load in zip(order, heaviest_first, strict=True):
+    next_place = np.arange(num_rows * num_packs) * room
+    last_place = next_place + room - 1
+    place = np.empty((num_items, num_rows), dtype=np.intp)
+    pack_load, num_packed = np.zeros((num_rows, num_packs), dtype=load.dtype), 0
+    if item_load[num_packs - 1].min() > 0:
+        # Every item that weighs anything goes to a pack of its own, while there are any.
+        place[:num_packs] = next_place.reshape(num_rows, num_packs).T
+        next_place += 1
+        pack_load, num_packed = heaviest_first[:, :num_packs].copy(), num_packs
+    flat_load = pack_load.reshape(-1)
+    for step in range(num_packed, num_items):
         chosen = pack_load.argmin(axis=1)
         chosen += first_pack
-        position = filled.take(chosen)
-        packed[chosen * room + position] = item
-        position += 1
-        filled[chosen] = position
-        flat_load[chosen] = np.where(position < room, flat_load.take(chosen) + item_load, np.inf)
+        next_place.take(chosen, out=place[step], mode="clip")
+        np.add.at(next_place, chosen, 1)
+        np.add.at(flat_load, chosen, item_load[step])
+        full = place[step] == last_place.take(chosen)
+        if full.any():
+            flat_load[chosen[full]] = np.inf
+    packed = np.empty(num_rows * num_items, dtype=np.int32)
+    packed[place.T] = order
     return packed.reshape(num_rows, num_items)
 
 
@@ -110,8 +118,8 @@ def pack_apart(
     """
     xp = _ops.namespace(load)
     num_rows, num_items = load.shape
-    order = xp.argsort(-load, axis=1, stable=True)
-    sorted_expert, sorted_load = (xp.take_along_axis(x, order, axis=1) for x in (expert, load))
+    sorted_load, order = _ops.descending(load)
+    sorted_expert = xp.take_along_axis(expert, order, axis=1)
     packs, places = (xp.arange(n, dtype=xp.int32) for n in (num_packs, num_items // num_packs))
 
     def place_next(carry, item):

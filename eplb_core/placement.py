@@ -141,6 +141,13 @@ def preserve_slots(
     )
     by_rank = (-1, topology.slots_per_rank)
     source, target = (xp.astype(xp.reshape(x, by_rank), xp.int32) for x in (new, old))
+    reorder = _reorder_numpy if _ops.is_numpy(xp) else _reorder
+    return xp.reshape(reorder(source, target), new.shape)
+
+
+def _reorder(source, target):
+    """The entries of each row of `source`, those that are in the row of `target` in their places there."""
+    xp = _ops.namespace(source)
     stays = (source[:, None, :] == target[:, :, None]) & (
         _occurrence(source)[:, None, :] == _occurrence(target)[:, :, None]
     )
@@ -150,8 +157,29 @@ def preserve_slots(
         & left[:, None, :]
         & (xp.cumulative_sum(_int(free), axis=1)[:, :, None] == xp.cumulative_sum(_int(left), axis=1)[:, None, :])
     )
-    taken = xp.argmax(_int(stays | fills), axis=2)
-    return xp.reshape(_ops.pick(source, taken), new.shape)
+    return _ops.pick(source, xp.argmax(_int(stays | fills), axis=2))
+
+
+def _reorder_numpy(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """`_reorder` place by place, for all rows at once; what stays is already where it shall be."""
+    arrives, stands = _tell_apart(source), _tell_apart(target)
+    stays, stayed = np.zeros((2, *arrives.shape), dtype=bool)
+    for place, entry in enumerate(arrives):
+        same = stands == entry
+        stays |= same
+        stayed[place] = same.any(axis=0)
+    reordered = target.copy()
+    reordered[~stays.T] = source[~stayed.T]
+    return reordered
+
+
+def _tell_apart(ids: np.ndarray) -> np.ndarray:
+    """`[n, rows]` numbers for `ids [rows, n]`: equal for the k-th entries of one id in different arrays."""
+    columns = np.ascontiguousarray(ids.T)
+    nth = np.zeros_like(columns)
+    for apart in range(1, len(columns)):
+        nth[apart:] += columns[apart:] == columns[:-apart]
+    return columns * len(columns) + nth
 
 
 def _int(mask):

@@ -7,9 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_core import EMPTY, Topology, _ops, candidates, derive_maps, plan_moves, senders
-from eplb_core.testing import placement_pairs
-from property_tests.skewed import large_pairs, skewed_placements
+from eplb_core import (
+    EMPTY,
+    Topology,
+    _ops,
+    candidates,
+    derive_maps,
+    plan_moves,
+    preserve_slots,
+    rebalance,
+    senders,
+)
+from eplb_core.packing import pack, pack_apart
+from eplb_core.replicate import replicate
+from eplb_core.testing import placement_pairs, read_only
+from property_tests.skewed import SEEDS, large_pairs, skewed_placements
 
 
 def without_kernels(function, *args, **options):
@@ -80,3 +92,54 @@ def test_plan_moves_where_one_rank_sends_more_than_its_cost_fits_32_bits():
     new = np.array(old)
     new[:, ::3], new[:, 1::3] = old[:, :1], old[:, 1:2]  # every rank needs what the first holds
     assert_same(plan_moves(old, new, topology), without_kernels(plan_moves, old, new, topology))
+
+
+@st.composite
+def rows_of_loads(draw, max_items: int = 60):
+    """`[rows, items]` with many ties and zeros, or with hardly any."""
+    rng = np.random.default_rng(draw(SEEDS))
+    size = draw(st.integers(1, 9)), draw(st.integers(1, max_items))
+    most = draw(st.sampled_from([1, 3, 50, 10**6]))
+    dtype = draw(st.sampled_from([np.float64, np.float32]))
+    load = rng.integers(0, most, size, endpoint=True) * (rng.random(size) < 2 * rng.random((size[0], 1)))
+    return read_only((load / draw(st.sampled_from([1, 3, 10]))).astype(dtype))
+
+
+@given(rows_of_loads())
+def test_descending(load):
+    values, order = without_kernels(_ops.descending, load)
+    got_values, got_order = _ops.descending(load)
+    np.testing.assert_array_equal(got_values, values)
+    np.testing.assert_array_equal(got_order, order)
+
+
+@given(rows_of_loads(), st.integers(0, 40), st.none() | st.integers(1, 5))
+def test_replicate(load, spare, max_copies):
+    num_slots = load.shape[1] + spare
+    got = replicate(load, num_slots, max_copies=max_copies)
+    assert_same(got, without_kernels(replicate, load, num_slots, max_copies=max_copies))
+
+
+@given(st.data(), rows_of_loads())
+def test_pack(data, load):
+    num_items = load.shape[1]
+    num_packs = data.draw(st.sampled_from([n for n in range(1, num_items + 1) if num_items % n == 0]))
+    assert_same(pack(load, num_packs), without_kernels(pack, load, num_packs))
+    expert = data.draw(SEEDS.map(lambda seed: np.random.default_rng(seed).integers(0, 9, load.shape).astype(np.int32)))
+    assert_same(pack_apart(expert, load, num_packs), without_kernels(pack_apart, expert, load, num_packs))
+
+
+@given(large_pairs(lost=True))
+def test_preserve_slots(pair):
+    topology, _, old, new = pair
+    assert_same(preserve_slots(new, old, topology), without_kernels(preserve_slots, new, old, topology))
+
+
+@given(large_pairs(), st.integers(1, 1000), SEEDS, st.sampled_from(["greedy", "refined", "incremental"]))
+def test_rebalance(pair, most, seed, policy):
+    topology, num_logical, old, _ = pair
+    load = read_only(np.random.default_rng(seed).integers(0, most, (len(old), num_logical)))
+    groups = topology.num_nodes if num_logical % topology.num_nodes == 0 else 1
+    for options in ({"previous": old}, {"previous": old, "num_groups": groups}):
+        got = rebalance(load, topology, policy=policy, **options)
+        assert_same(got, without_kernels(rebalance, load, topology, policy=policy, **options))
