@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Real
+from jaxtyping import Bool, Int, Real
 from torch import Tensor
 
 from eplb_core import control
@@ -182,18 +182,18 @@ class ExpertBalancer:
             self._log.forget()
 
     def held_back(self, name: str = "main") -> Int[np.ndarray, "layers slots"] | None:
-        """After `halt`, the placement that `settle(commit=True)` puts a model in; None if that changes nothing.
+        """After `halt`, the placement that all ranks had confirmed and this one has not committed; None without one.
 
-        All ranks had confirmed it. Others may have committed it, and it may be that only lost ranks hold what it moves.
+        Others may have committed it. It may be that what it moves is held by ranks alone that are lost.
         """
         return self._mover.held_back(name)
 
-    def settle(self, commit: bool) -> None:
-        """After `halt`, commit what is `held_back`, or let it go."""
-        progress = self._mover.settle(commit)
-        if progress is not None:
-            self._switch(progress)
-        self._abandon_targets()
+    def settle(self, chosen: Bool[np.ndarray, "layers slots"], name: str = "main") -> None:
+        """After `halt`, commit what is `held_back`, in this rank's slots that are chosen, and let the rest go.
+
+        The model is not told: its placement and its maps stay as they are until it is regrouped.
+        """
+        self._mover.settle(name, chosen)
 
     def renewed(self, transport: Transport, *, log_transport: Transport | None = None) -> "ExpertBalancer":
         """Go on in another group, with models that are part of it by now. Every rank calls it at the same boundary.

@@ -1,5 +1,6 @@
 """A group of ranks that survives losses, lets others in, and lets members go."""
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 
@@ -10,6 +11,7 @@ from eplb_core._checks import listing, require
 from eplb_core.elastic import shrink
 from eplb_core.elastic_plan import ElasticPlan
 from eplb_torch.balancer import ExpertBalancer
+from eplb_torch.brittle_transport import BrittleTransport
 from eplb_torch.carry_out import MoveOptions
 from eplb_torch.change import Change, describe_change, suspects_of
 from eplb_torch.connections import Connections
@@ -24,6 +26,8 @@ from eplb_torch.report import RearrangeError
 from eplb_torch.transport import ProcessGroupTransport
 
 __all__ = ("Change", "ElasticGroup", "is_loss")
+
+logger = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 20  # generations in a row that break before they serve
 _POLL_SECONDS = 0.05
@@ -298,6 +302,7 @@ class ElasticGroup:
             except Exception as error:
                 if not is_loss(error) or attempt == _MOST_ATTEMPTS:
                     raise
+                logger.warning("%s: generation %d broke: %s", self.membership.name, self.members.generation, error)
                 suspects = suspects_of(error, self.members)
                 self._connections.break_all()
                 continue
@@ -309,7 +314,8 @@ class ElasticGroup:
 
     def _carry_out(self, plans: Mapping[str, ElasticPlan]) -> None:
         try:
-            self._hosting.carry_out(plans, self.group, self.transport, self.members, self.read_row)
+            transport = BrittleTransport(self.transport)
+            self._hosting.carry_out(plans, self.group, transport, self.members, self.read_row)
         except RearrangeError:
             raise
         except Exception as error:

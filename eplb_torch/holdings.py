@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Real
+from jaxtyping import Bool, Int, Real, Shaped
 
 from eplb_core import EMPTY, Topology
 from eplb_core.elastic import grow
@@ -52,7 +52,7 @@ class Told(NamedTuple):
     """What one rank says of one model.
 
     held: int32 `[layers, slots_per_rank]` what its slots hold.
-    held_back: likewise, after it has committed what all ranks had confirmed; `held` if there is nothing.
+    held_back: likewise, if it commits what all ranks had confirmed; `held` if there is nothing.
     load: float64 `[layers, logical]` tokens that it knows of.
     """
 
@@ -63,7 +63,7 @@ class Told(NamedTuple):
 
 def gather_holdings(
     mine: Mapping[str, Told], transport: Transport, num_nodes: int, timeout: float
-) -> tuple[dict[str, Holdings], bool]:
+) -> tuple[dict[str, Holdings], dict[str, Bool[np.ndarray, "layers slots_per_rank"]]]:
     """Let every rank tell what its slots hold. A collective.
 
     A rank knows its own slots for certain, whatever became of the last rearrangement elsewhere; what it believes of
@@ -77,7 +77,8 @@ def gather_holdings(
         timeout: seconds to wait for the others, twice.
 
     Returns:
-        By model; and whether those with something held back are to commit it: if no more experts are lost than without.
+        By model what ranks hold, or are about to; and in which of its slots this one is to commit what it holds back:
+        see `choose_slots`.
 
     Raises:
         TransportError: if a rank was not heard.
@@ -92,15 +93,40 @@ def gather_holdings(
         end = start + len(_to_bytes(ours))
         told[name] = [_from_bytes(payload[start:end], ours) for payload in payloads]
         start = end
-    kept, committed = (
-        {name: np.concatenate([getattr(one, what) for one in ones], axis=1) for name, ones in told.items()}
-        for what in ("held", "held_back")
-    )
-    loads = {name: np.sum([one.load for one in ones], axis=0) for name, ones in told.items()}
-    commit = _count_lost(committed, loads) <= _count_lost(kept, loads)
-    chosen = committed if commit else kept
-    sizes = {name: Topology(transport.size, slots[name], num_nodes) for name in mine}
-    return {name: Holdings(chosen[name], loads[name], sizes[name]) for name in mine}, commit
+    holdings, chosen = {}, {}
+    for name, ones in told.items():
+        held, held_back = (np.concatenate([getattr(one, what) for one in ones], axis=1) for what in Told._fields[:2])
+        load = np.sum([one.load for one in ones], axis=0)
+        sizes = Topology(transport.size, slots[name], num_nodes)
+        take = choose_slots(held, held_back, load.shape[1])
+        holdings[name] = Holdings(np.where(take, held_back, held), load, sizes)
+        chosen[name] = own_slots(take, sizes, transport.rank)[:, : mine[name].held.shape[1]]
+    return holdings, chosen
+
+
+def choose_slots(
+    held: Int[np.ndarray, "layers slots"], held_back: Int[np.ndarray, "layers slots"], num_logical: int
+) -> Bool[np.ndarray, "layers slots"]:
+    """Choose the slots in which to commit what is held back: where that brings an expert back and loses none.
+
+    An expert that no slot holds may wait in the memory of a rank that has not committed yet, while the rank that it
+    came from has. Other commits only risk something: what they would overwrite may have gone to a rank that is lost.
+
+    >>> choose_slots(np.asarray([[0, 1, 1, 0]]), np.asarray([[0, 1, 2, 3]]), 4).tolist()
+    [[False, False, True, True]]
+    >>> choose_slots(np.asarray([[0, 1, 2, 0]]), np.asarray([[0, 1, 0, 0]]), 3).any().item()
+    False
+    """
+    take = np.zeros(held.shape, dtype=bool)
+    copies = count_replicas(held, num_logical).copy()
+    for layer, slot in np.argwhere(held_back != held):
+        old, new = held[layer, slot], held_back[layer, slot]
+        if new != EMPTY and copies[layer, new] == 0 and (old == EMPTY or copies[layer, old] > 1):
+            take[layer, slot] = True
+            copies[layer, new] += 1
+            if old != EMPTY:
+                copies[layer, old] -= 1
+    return take
 
 
 def heard(transport: Transport, payload: bytes, timeout: float) -> list[bytes]:
@@ -112,11 +138,9 @@ def heard(transport: Transport, payload: bytes, timeout: float) -> list[bytes]:
     return [theirs for theirs in payloads if theirs is not None]
 
 
-def own_slots(
-    placement: Int[np.ndarray, "layers slots"], topology: Topology, rank: int
-) -> Int[np.ndarray, "layers slots_per_rank"]:
-    """Cut one rank's part out of a placement."""
-    return placement.reshape(len(placement), topology.ep_size, -1)[:, rank].astype(np.int32)
+def own_slots(by_slot: Shaped[np.ndarray, "layers slots"], topology: Topology, rank: int) -> np.ndarray:
+    """Cut one rank's `[layers, slots_per_rank]` out of what is known of all slots."""
+    return by_slot.reshape(len(by_slot), topology.ep_size, -1)[:, rank]
 
 
 def _widen(told: Told, slots: int) -> Told:
@@ -135,7 +159,3 @@ def _from_bytes(payload: bytes, like: Told) -> Told:
         arrays.append(np.frombuffer(payload[start : start + array.nbytes], dtype=array.dtype).reshape(array.shape))
         start += array.nbytes
     return Told(*arrays)
-
-
-def _count_lost(placements: Mapping[str, np.ndarray], loads: Mapping[str, np.ndarray]) -> int:
-    return sum(int((count_replicas(held, loads[name].shape[1]) == 0).sum()) for name, held in placements.items())

@@ -51,6 +51,7 @@ class Hosting:
         self.models: dict[str, ElasticModel] = dict(models) if isinstance(models, Mapping) else {"main": models}
         self._resize, self._options = resize, options
         self._seats = dict.fromkeys(self.models, rank)
+        self._held: dict[str, np.ndarray] = {}
 
     def loads(self, given: Loads | None, balancer: ExpertBalancer | None) -> dict[str, np.ndarray]:
         """The load to plan each model for: as given, or as the balancer foresees it, or none.
@@ -92,16 +93,16 @@ class Hosting:
             transport, members: of the group.
             read_row: as for `ElasticGroup`.
             make_plan: for one model.
-            balancer: that was halted, if there is one: what it holds back is committed here, or let go.
+            balancer: that was halted, if there is one: what it holds back is settled here.
 
         Raises:
             TransportError: if a rank was not heard.
             EplbError: if a model's experts cannot all be hosted; see `check_plan`.
         """
         mine = {name: self._tell(name, loads[name], balancer) for name in self.models}
-        holdings, commit = gather_holdings(mine, transport, members.num_nodes, self._options.timeout)
-        if balancer is not None:
-            balancer.settle(commit)
+        holdings, chosen = gather_holdings(mine, transport, members.num_nodes, self._options.timeout)
+        for name, told in mine.items():
+            self._settle(name, told, chosen[name], balancer)
         plans = {name: make_plan(held, None) for name, held in holdings.items()}
         for name, plan in plans.items():
             if plan.unhosted and self._resize:
@@ -130,6 +131,7 @@ class Hosting:
             model, self._seats[name] = self.models[name], transport.rank
             if plan.group.slots_per_rank > model.weights.slots_per_rank:
                 model.resize(plan.group.slots_per_rank)
+            self._held.pop(name, None)
             options = {"epoch": members.generation, "read_row": _reader(read_row, name)}
             try:
                 carry_out(plan, model, group, transport, self._options, **options)
@@ -170,10 +172,20 @@ class Hosting:
 
     def _tell(self, name: str, load: np.ndarray, balancer: ExpertBalancer | None) -> Told:
         model, seat = self.models[name], self._seats[name]
-        later = None if balancer is None else balancer.held_back(name)
-        now = model.placement
+        if name in self._held:
+            return Told(self._held[name], self._held[name], load)
+        now, later = model.placement, None if balancer is None else balancer.held_back(name)
         held, held_back = (own_slots(p, model.topology, seat) for p in (now, now if later is None else later))
-        return Told(held, held_back, load)
+        return Told(held.astype(np.int32), held_back.astype(np.int32), load)
+
+    def _settle(self, name: str, told: Told, chosen: np.ndarray, balancer: ExpertBalancer | None) -> None:
+        """Commit in the slots that are chosen, and remember what they hold until the model is regrouped."""
+        self._held[name] = np.where(chosen, told.held_back, told.held)
+        if balancer is not None and name in balancer.models:
+            model, seat = self.models[name], self._seats[name]
+            everywhere = np.zeros((len(chosen), model.topology.num_slots), dtype=bool)
+            own_slots(everywhere, model.topology, seat)[:] = chosen
+            balancer.settle(everywhere, name)
 
 
 def _reader(read_row: ReadRows, name: str) -> ReadRow | None:

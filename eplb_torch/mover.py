@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from eplb_core import MovePlan
 from eplb_torch.balancer_config import BalancerConfig
@@ -139,20 +139,18 @@ class Mover:
             self.forget()
 
     def held_back(self, name: str) -> Int[np.ndarray, "layers slots"] | None:
-        """After `halt`, the placement of a model if `settle` commits; None if that changes nothing."""
+        """After `halt`, the placement of a model if `settle` commits all; None if there is nothing."""
         moves, rearrangement = self._moves, self._rearrangement
         if moves is None or rearrangement is None or moves.name != name:
             return None
         return rearrangement.placement(moves.old, moves.new, settled=True)
 
-    def settle(self, commit: bool) -> Progress | None:
-        """Commit what all ranks had confirmed before `halt`, or let it go. None if there was nothing."""
+    def settle(self, name: str, chosen: Bool[np.ndarray, "layers slots"]) -> None:
+        """Commit what is `held_back` in the slots that are chosen; let the rest go."""
         moves, rearrangement = self._moves, self._rearrangement
-        self.forget()
-        if moves is None or rearrangement is None:
-            return None
-        rearrangement.settle(commit)
-        return Progress(moves.name, rearrangement.placement(moves.old, moves.new), None, 0.0)
+        if moves is not None and rearrangement is not None and moves.name == name:
+            rearrangement.settle(chosen)
+            self.forget()
 
     def forget(self) -> None:
         """Drop all moves, after one has failed."""

@@ -5,7 +5,7 @@ import threading
 import time
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from eplb_core import MovePlan, Topology
 from eplb_core._checks import require
@@ -117,7 +117,7 @@ class Rearrangement:
 
         Args:
             old, new: the placements.
-            settled: as it would be after `settle(commit=True)`.
+            settled: as it would be with all of the part that `halt` has left.
         """
         committed = self._transaction.committed
         if settled and self._pending is not None:
@@ -198,7 +198,7 @@ class Rearrangement:
         ends when its connections are broken.
 
         Returns:
-            Whether a part is left that all ranks have confirmed, and that this one can commit or not: `settle` it.
+            Whether a part is left that all ranks have confirmed: `settle` it.
         """
         self.abort()
         with self._changed:
@@ -207,14 +207,15 @@ class Rearrangement:
                 self._changed.wait(1.0)
             return self._pending is not None
 
-    def settle(self, commit: bool) -> tuple[int, ...]:
-        """After `halt`, commit the part that is left, or let it go. Returns the layers whose placement changed."""
+    def settle(self, chosen: Bool[np.ndarray, "layers slots"]) -> None:
+        """After `halt`, commit the part that is left in the slots that are chosen, and let the rest go."""
         with self._changed:
-            if commit and self._pending is not None:
-                return self._commit_here(time.monotonic())
+            if self._pending is None:
+                return
+            self._streams.before_commit()
+            self._transaction.commit_some(self._pending[1], chosen)
             self._pending, self._confirmed = None, False
             self._changed.notify_all()
-            return ()
 
     def _commit_here(self, now: float) -> tuple[int, ...]:
         """Commit the pending part, once it is sure that all ranks do."""

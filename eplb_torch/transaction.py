@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Bool
 from torch import Tensor
 
 from eplb_core import MovePlan, Topology, schedule_rounds
@@ -157,6 +158,16 @@ class Transaction:
         for writes in prepared.writes:
             self.weights.refresh(writes.layer, writes.slots)
         return prepared.part.layers
+
+    def commit_some(self, prepared: Prepared, chosen: Bool[np.ndarray, "layers slots"]) -> tuple[int, ...]:
+        """Write a part's rows into some slots only; others keep what they hold. Returns the layers of the part."""
+        part, layers = prepared.part, list(prepared.part.layers)
+        source = np.array(part.plan.source_slot)
+        own = np.broadcast_to(np.arange(self.topology.num_slots), (len(layers), self.topology.num_slots))
+        source[layers] = np.where(chosen[layers], source[layers], own)
+        some = replace(part, plan=part.plan._replace(source_slot=source), covers=part.covers & chosen[layers])
+        writes = plan_writes(some, self.topology, self.transport.rank)
+        return self.commit(replace(prepared, part=some, writes=writes))
 
     def refuse(self, verdict: Verdict, error: Exception | None) -> RearrangeError:
         """Drop what was prepared; build the error that says why."""

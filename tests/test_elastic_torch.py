@@ -406,3 +406,46 @@ def test_bad_arguments_are_refused(port):
     with pytest.raises(EplbError, match="`loads` must be"):
         elastic.recover(loads={"main": np.zeros((2, 2))})
     elastic.close()
+
+
+# A second loss
+
+
+def lose_another_while_rows_move(rank, port):
+    """Rank 3 dies where it should send rows; rank 0 takes none from it, and need not wait for those who do."""
+    elastic, model = founded(port, rank, 5, 8, read_row=read_row)
+    if rank == 4:
+        die()
+    error = notice(elastic)
+    if rank == 3:
+        elastic._connections.break_all()
+        elastic.membership.renew()
+        elastic._connections.connect()
+        elastic.transport.exchange = lambda *_: die()
+        elastic._hosting.plan = lambda *args, plan=elastic._hosting.plan, **options: plan(*args, **options)
+        plans = elastic._hosting.plan(
+            elastic._hosting.loads(None, None), elastic.transport, elastic.members, read_row, lambda h, s: scattered(h)
+        )
+        elastic._carry_out(plans)
+    elastic._hosting.plan = lambda *args, plan=elastic._hosting.plan, seen=[]: plan(
+        *args[:4], (lambda h, s: scattered(h)) if not seen.append(1) and len(seen) == 1 else args[4], *args[5:]
+    )
+    start = time.monotonic()
+    change = elastic.recover(error)
+    seconds = time.monotonic() - start
+    check_rows(elastic, model)
+    return change.members.names, change.attempts, seconds
+
+
+def scattered(holdings):
+    """A plan in which every rank takes rows from the next one."""
+    plan = holdings.plan(max_extra_moves=0)
+    return plan._replace(new=np.roll(plan.placement, 8, axis=1), placement=np.roll(plan.placement, 8, axis=1))
+
+
+def test_a_second_loss_while_rows_move_costs_another_generation_and_no_timeout(port):
+    results = run_ranks(lose_another_while_rows_move, 5, port, timeout=60, may_die=[3, 4])
+    for rank in range(3):
+        names, attempts, seconds = results[rank]
+        assert (names, attempts) == (("r0", "r1", "r2"), 2)
+        assert seconds < 2 * SILENCE + 3.0
