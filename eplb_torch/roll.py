@@ -75,6 +75,7 @@ class Roll:
         """Tell that this process is here, and wait for the next list, or write it once nobody is waited for."""
         generation, start = before.generation + 1, time.monotonic()
         expected = [name for name in before.names if name not in leaving]
+        newcomers = [name for name in dict.fromkeys(joining) if name not in before.names]
         self._store.set(_begun(generation), "1")
         self._store.set(_here(generation, self._name), "1")
         while not self._store.check([_list(generation)]):
@@ -82,7 +83,7 @@ class Roll:
             if present is None:
                 time.sleep(_POLL_SECONDS)
             else:
-                self._propose(generation, present + [name for name in joining if not self._watch.is_silent(name)])
+                self._propose(generation, present + [name for name in newcomers if not self._watch.is_silent(name)])
         return self._decided(generation)
 
     def check(self, members: Members) -> None:

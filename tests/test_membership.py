@@ -163,6 +163,17 @@ def test_who_waits_is_seen_and_let_in_beside_its_node():
     assert members[0].latest() == lists[0].names
 
 
+def test_who_is_let_in_twice_is_in_once():
+    """As when the generation with the newcomer breaks, and members try again."""
+    store = dist.HashStore()
+    members = found("ab", store=store)
+    new = Membership(store, name="c", silence=SILENCE, timeout=TIMEOUT)
+    for generation in (1, 2, 3):
+        first = (lambda: new.join(5.0)) if generation == 1 else (lambda: new.renew(joining=["c"]))
+        lists = on_threads(first, *(lambda m=m: m.renew(joining=["c", "c"]) for m in members))
+        assert [result[:2] for result in lists] == [(generation, ("a", "b", "c"))] * 3
+
+
 def test_who_was_not_let_in_gives_up_and_is_not_listed_any_more():
     store = dist.HashStore()
     members = found("ab", store=store)
