@@ -19,9 +19,9 @@ from benchmarks import peers, released
 from benchmarks.traces import drift
 from eplb_core import EMPTY, Topology, balancedness, model_balancedness, moved_experts, rebalance
 from eplb_core.elastic import grow, lose_ranks
+from eplb_core.elastic.survive import dry_run, survivable
 from eplb_core.plots.losses import losses as draw_losses
 from eplb_core.plots.style import save
-from eplb_core.survive import dry_run, survivable
 
 RANKS, REDUNDANT = 32, 32
 

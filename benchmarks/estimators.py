@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.traces import FOLDER, Case, cases
 from eplb_core import Topology
-from eplb_core.configuration import parse_estimator
 from eplb_core.simulate import simulate
+from eplb_core.simulate.configuration import parse_estimator
 
 ESTIMATORS = (
     ("last",)

@@ -11,9 +11,9 @@ import time
 
 from benchmarks.traces import drift
 from eplb_core import Topology
-from eplb_core.configuration import grid
 from eplb_core.policies import POLICIES
-from eplb_core.sweep import available_cores, sweep
+from eplb_core.simulate.configuration import grid
+from eplb_core.simulate.sweep import available_cores, sweep
 
 # layers, experts, windows, ranks, redundant, nodes, policies
 CASES = [

@@ -21,8 +21,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.traces import recorded
 from eplb_core import MovePlan, Topology, plan_moves, rebalance, schedule_rounds
-from eplb_core.script import write_script
 from eplb_core.sharded import choose_width, lower, rearrange
+from eplb_core.sharded.script import write_script
 
 NUM_DEVICES = 8
 BY_SLOT = PartitionSpec(None, "ep")

@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks.traces import cases
 from eplb_core import Topology, rebalance
-from eplb_core.locality import local_shares
 from eplb_core.shares import balanced_shares, even_shares, slot_load
+from eplb_core.shares.locality import local_shares
 
 
 class Distance(NamedTuple):

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Int
 
 from eplb_core import plots
-from eplb_core.advice import Advice, explain
+from eplb_core.advise.advice import Advice, explain
 from eplb_core.costs import Costs, transfer_matrix
 from eplb_core.moves import plan_moves
-from eplb_core.replay import Replay, gain
 from eplb_core.rounds import schedule_rounds
 from eplb_core.simulate import balancedness_bound
+from eplb_core.simulate.replay import Replay, gain
 from eplb_core.units import in_units
 
 STYLE = """

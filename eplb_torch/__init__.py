@@ -1,7 +1,8 @@
 """Carry out move plans on torch tensors over NCCL or Gloo process groups, and keep a serving model balanced."""
 
 from eplb_torch.balancer import ExpertBalancer
-from eplb_torch.balancer_config import BalancerConfig
+from eplb_torch.balancer.config import BalancerConfig
+from eplb_torch.balancer.planning import PlanningError
 from eplb_torch.device_maps import DeviceMaps, LayerMaps
 from eplb_torch.dispatch import count_tokens, mask_padding, select_slots
 from eplb_torch.dispatcher import Dispatcher
@@ -9,7 +10,6 @@ from eplb_torch.execute import rearrange
 from eplb_torch.in_process import InProcessWorld
 from eplb_torch.live_model import LiveModel, ServedModel
 from eplb_torch.metrics import BalancerMetrics, Metrics, NoMetrics
-from eplb_torch.planning import PlanningError
 from eplb_torch.rearrangement import Rearrangement
 from eplb_torch.recording import LoadRecorder
 from eplb_torch.reload import ExpertReload, held_experts, reload_experts

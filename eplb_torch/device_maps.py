@@ -11,7 +11,7 @@ from eplb_core import EMPTY, derive_maps
 from eplb_core._checks import require
 from eplb_core.maps import count_replicas
 from eplb_core.shares import RESOLUTION
-from eplb_core.turns import derive_turns
+from eplb_core.shares.turns import derive_turns
 
 
 class LayerMaps(NamedTuple):

@@ -1,8 +1,8 @@
 """Take at start-up what the first rearrangement would otherwise allocate while the model serves."""
 
 from eplb_core import Topology
-from eplb_torch.checksum import CHECKSUM_BYTES
 from eplb_torch.staging import Staging
+from eplb_torch.transaction.checksum import CHECKSUM_BYTES
 from eplb_torch.transport import Transport, TransportError
 from eplb_torch.weights import ExpertWeights
 

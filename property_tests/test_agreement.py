@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eplb_torch.agreement import decide
+from eplb_torch.transaction.agreement import decide
 
 
 class Stop(Exception):

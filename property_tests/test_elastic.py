@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from eplb_core import EMPTY, Topology, apply_moves, check_placement, plan_moves, rank_load, rebalance, verify_plan
 from eplb_core.elastic import grow, lose_ranks, shrink
-from eplb_core.lighten import lighten
-from eplb_core.rehost import rehost
+from eplb_core.elastic.lighten import lighten
+from eplb_core.elastic.rehost import rehost
 from eplb_core.testing import loads, model_moved, model_rank_load, placements, topologies
 
 LEAVE = pytest.mark.parametrize("leave", [lose_ranks, shrink])

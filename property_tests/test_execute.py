@@ -7,7 +7,7 @@ from eplb_core import plan_moves
 from eplb_core.testing import placement_pairs
 from eplb_torch import ExpertWeights, InProcessWorld, RearrangeError, rearrange
 from eplb_torch.in_process import InProcessTransport
-from eplb_torch.local import order_copies
+from eplb_torch.transaction.local import order_copies
 from tests.expert_rows import expert_layers, wrong_rows
 
 

@@ -11,13 +11,12 @@ from eplb_core import (
     EMPTY,
     Topology,
     _ops,
-    candidates,
     derive_maps,
     plan_moves,
     preserve_slots,
     rebalance,
-    senders,
 )
+from eplb_core.moves import candidates, senders
 from eplb_core.packing import pack, pack_apart
 from eplb_core.replicate import replicate
 from eplb_core.testing import placement_pairs, read_only

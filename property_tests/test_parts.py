@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from eplb_core import EMPTY, MovePlan, apply_moves, plan_moves
 from eplb_core.testing import placement_pairs
 from eplb_torch import ExpertWeights
-from eplb_torch.parts import plan_parts
+from eplb_torch.transaction.parts import plan_parts
 
 
 def parts_of(pair, fan_out, rows):

@@ -18,7 +18,7 @@ from eplb_core import (
     verify_plan,
 )
 from eplb_core.policies.budget import share_out
-from eplb_core.relabel import assign, keep_in_place
+from eplb_core.policies.relabel import assign, keep_in_place
 from eplb_core.testing import loads, placements, topologies
 
 SEARCHING = st.sampled_from(["refined", "incremental"])

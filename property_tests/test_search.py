@@ -8,7 +8,7 @@ from eplb_core import EMPTY, Topology
 from eplb_core.maps import count_replicas
 from eplb_core.policies.copies import MARGIN, _drop, exchange_copies, place_copies
 from eplb_core.policies.incremental import CAUTION, MEMORY, TOLERANCE, aim, without_doubles
-from eplb_core.search import NEAR, NOTHING, swap_copies
+from eplb_core.policies.search import NEAR, NOTHING, swap_copies
 from eplb_core.testing import loads, model_rank_load, placements, topologies
 
 PLENTY = np.asarray([2**20])

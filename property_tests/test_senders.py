@@ -6,9 +6,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_core import EMPTY, Topology, plan_moves, schedule_rounds, senders
-from eplb_core.candidates import Jobs
-from eplb_core.relief import relieve, relieve_together
+from eplb_core import EMPTY, Topology, plan_moves, schedule_rounds
+from eplb_core.moves import senders
+from eplb_core.moves.candidates import Jobs
+from eplb_core.moves.relief import relieve, relieve_together
 from eplb_core.testing import model_candidates, model_fewest_busiest, placement_pairs, read_only
 from property_tests.skewed import large_pairs, skewed_placements
 

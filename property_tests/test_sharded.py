@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eplb_core import EMPTY, MovePlan, Topology, plan_moves, schedule_rounds
-from eplb_core.script import Script, write_script
 from eplb_core.sharded import choose_width, rearrange
+from eplb_core.sharded.script import Script, write_script
 from eplb_core.testing import model_apply, placement_pairs, placements
 from tests.devices import assert_same_rows, host_rows, make_mesh, shard
 

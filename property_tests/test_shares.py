@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from eplb_core import EMPTY, Topology, derive_maps
-from eplb_core.locality import local_shares
 from eplb_core.shares import RESOLUTION, balanced_shares, check_shares, even_shares, slot_load
-from eplb_core.split import split_load
+from eplb_core.shares.locality import local_shares
+from eplb_core.shares.split import split_load
+from eplb_core.shares.turns import derive_turns
 from eplb_core.testing import loads, placements, read_only, topologies
-from eplb_core.turns import derive_turns
 
 
 @st.composite

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eplb_core.shifts import schedule_shifts
+from eplb_core.sharded.shifts import schedule_shifts
 
 
 @st.composite

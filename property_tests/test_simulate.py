@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_core import rebalance, round_robin
-from eplb_core.configuration import Configuration
 from eplb_core.control import Reason
 from eplb_core.costs import Costs, Links, migration_cost
 from eplb_core.plots.style import spread
-from eplb_core.replay import gain, summarize
 from eplb_core.simulate import balancedness_bound, replay_trace
+from eplb_core.simulate.configuration import Configuration
+from eplb_core.simulate.replay import gain, summarize
 from eplb_core.testing import loads, model_moved, model_rank_load, placement_pairs, topologies
 
 COSTS = Costs(bytes_per_expert=7, seconds_per_token=0.25, links=Links(5.0, 2.0, 0.125))

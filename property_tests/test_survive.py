@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from eplb_core import EMPTY, Topology, model_balancedness
 from eplb_core.elastic import lose_ranks
-from eplb_core.survive import dry_run, survivable
+from eplb_core.elastic.survive import dry_run, survivable
 from eplb_core.testing import loads, placements, topologies
 
 

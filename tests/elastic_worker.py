@@ -20,8 +20,8 @@ from eplb_core import EMPTY, Topology, round_robin
 from eplb_torch import DeviceMaps, ExpertBalancer, ExpertWeights, LiveModel
 from eplb_torch.dispatch import count_tokens, select_slots
 from eplb_torch.elastic import Change, ElasticGroup, is_loss
+from eplb_torch.elastic.membership import Membership
 from eplb_torch.integrations._exchange import exchange_tokens
-from eplb_torch.membership import Membership
 from tests.expert_rows import expert_layers, expert_row, wrong_rows
 
 LAYERS, LOGICAL, HIDDEN, TOP_K = 3, 20, 5, 2

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from eplb_core import EMPTY, Topology, round_robin
-from eplb_core.refit import refit
+from eplb_core.elastic.refit import refit
 from eplb_core.snapshot import load_snapshot, save_snapshot
 from eplb_torch import DeviceMaps, ExpertBalancer, ExpertWeights, LiveModel, ProcessGroupTransport
 from eplb_torch.reload import reload_experts

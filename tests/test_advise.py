@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from eplb_core import EplbError
-from eplb_core.advice import Verdict, explain, summarize_advice
 from eplb_core.advise import NEAR_BEST, advise
+from eplb_core.advise.advice import Verdict, explain, summarize_advice
 from eplb_core.costs import Costs, Links
-from eplb_core.replay import Gain
+from eplb_core.simulate.replay import Gain
 
 WINDOWS, LAYERS, EXPERTS, RANKS = 32, 3, 16, 4
 CHEAP = Costs(bytes_per_expert=1000, links=Links(latency=0.0))

@@ -16,12 +16,12 @@ from eplb_core.costs import Links
 from eplb_core.snapshot import load_snapshot, save_snapshot
 from eplb_torch import ExpertWeights, InProcessWorld, ProcessGroupTransport, RearrangeError, TransportError
 from eplb_torch.balancer import ExpertBalancer
-from eplb_torch.balancer_config import BalancerConfig
+from eplb_torch.balancer.config import BalancerConfig
+from eplb_torch.balancer.planning import PlanningError
+from eplb_torch.balancer.tally import Tally
 from eplb_torch.device_maps import DeviceMaps
 from eplb_torch.live_model import LiveModel
 from eplb_torch.metrics import BalancerMetrics
-from eplb_torch.planning import PlanningError
-from eplb_torch.tally import Tally
 from tests.expert_rows import expert_layers, wrong_rows
 from tests.multiprocess import run_ranks
 

@@ -25,11 +25,11 @@ from eplb_torch import (
     RearrangeError,
     TransportError,
 )
-from eplb_torch.carry_out import MoveOptions, carry_out, check_plan
-from eplb_torch.groups import break_group, form_group
-from eplb_torch.holdings import Holdings, Told, choose_slots, gather_holdings
-from eplb_torch.losses import is_loss
-from eplb_torch.membership import Evicted, MembershipError, MembersLost
+from eplb_torch.elastic.carry_out import MoveOptions, carry_out, check_plan
+from eplb_torch.elastic.groups import break_group, form_group
+from eplb_torch.elastic.holdings import Holdings, Told, choose_slots, gather_holdings
+from eplb_torch.elastic.losses import is_loss
+from eplb_torch.elastic.membership import Evicted, MembershipError, MembersLost
 from tests.expert_rows import FIELDS, expert_layers, expert_row, wrong_rows
 from tests.test_balancer import FAST, LOGICAL, TOPOLOGY, check_rows, live_model, on_threads, skewed
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from eplb_core import Topology
 from eplb_core.commands import app
-from eplb_torch.balancer_config import BalancerConfig
+from eplb_torch.balancer.config import BalancerConfig
 from eplb_torch.demo import run, serving, traffic
 from eplb_torch.demo.corpus import read_domains
 from eplb_torch.demo.display import rank_bars, show_result

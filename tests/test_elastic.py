@@ -8,8 +8,8 @@ import pytest
 
 from eplb_core import EMPTY, EplbError, Topology, balancedness, rebalance, round_robin
 from eplb_core.elastic import grow, lose_ranks, shrink
-from eplb_core.lighten import lighten
-from eplb_core.rehost import rehost
+from eplb_core.elastic.lighten import lighten
+from eplb_core.elastic.rehost import rehost
 
 
 @pytest.fixture(scope="module")

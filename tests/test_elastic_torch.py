@@ -17,8 +17,8 @@ from eplb_core import EMPTY, EplbError, LostExpertsError, Topology, round_robin
 from eplb_core.checkpoint import CheckpointRows
 from eplb_torch import ExpertBalancer
 from eplb_torch.elastic import ElasticGroup, is_loss
+from eplb_torch.elastic.membership import Evicted, Membership
 from eplb_torch.integrations.huggingface import expert_parallel, joining_experts
-from eplb_torch.membership import Evicted, Membership
 from tests.elastic_soak import World, examine, run_events
 from tests.elastic_worker import SoakModel
 from tests.expert_rows import expert_row, wrong_rows

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from eplb_core import EplbError
-from eplb_torch import membership as membership_module
-from eplb_torch.membership import Evicted, Membership, MembershipError, MembersLost
+from eplb_torch.elastic import membership as membership_module
+from eplb_torch.elastic.membership import Evicted, Membership, MembershipError, MembersLost
 
 SILENCE, TIMEOUT = 1.0, 4.0
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from eplb_core import EplbError, Topology, plan_moves, plots, schedule_rounds
-from eplb_core.configuration import grid
 from eplb_core.costs import transfer_matrix
 from eplb_core.plots.frontier import undominated
 from eplb_core.plots.style import COLOURS, MARKERS, colour, marker, spread
 from eplb_core.simulate import balancedness_bound
-from eplb_core.sweep import sweep
+from eplb_core.simulate.configuration import grid
+from eplb_core.simulate.sweep import sweep
 from eplb_core.testing import model_rank_load
 
 pytest.importorskip("matplotlib")

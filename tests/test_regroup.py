@@ -9,9 +9,9 @@ from torch.distributed import HashStore
 
 from eplb_core import EMPTY, EplbError, Topology, round_robin
 from eplb_torch import DeviceMaps, ExpertWeights, LiveModel, RearrangeError
-from eplb_torch.groups import form_group
+from eplb_torch.balancer.mover import Mover, Moves
+from eplb_torch.elastic.groups import form_group
 from eplb_torch.integrations.huggingface import expert_parallel, joining_experts
-from eplb_torch.mover import Mover, Moves
 from tests.expert_rows import expert_layers
 from tests.tiny_moe import tiny_model
 

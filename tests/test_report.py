@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from eplb_core import Topology
-from eplb_core.advice import explain
 from eplb_core.advise import advise
-from eplb_core.configuration import grid
+from eplb_core.advise.advice import explain
 from eplb_core.costs import Costs, Links
-from eplb_core.replay import gain
 from eplb_core.report import report
-from eplb_core.sweep import sweep
+from eplb_core.simulate.configuration import grid
+from eplb_core.simulate.replay import gain
+from eplb_core.simulate.sweep import sweep
 
 pytest.importorskip("matplotlib")
 

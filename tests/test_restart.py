@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eplb_core import EplbError, Topology, check_placement, moved_experts, round_robin
-from eplb_core.refit import refit
+from eplb_core.elastic.refit import refit
 from tests.restart_worker import LAYERS, LOGICAL, SLOTS
 
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from eplb_core import EMPTY, EplbError, MovePlan, Topology, apply_moves, plan_moves, rebalance, schedule_rounds
-from eplb_core.script import write_script
 from eplb_core.sharded import choose_width, lower, rearrange
+from eplb_core.sharded.script import write_script
 from tests.devices import FIELDS, assert_same_rows, host_rows, make_mesh, num_compiled, shard
 
 TOPOLOGY = Topology(4, 3, num_nodes=2)

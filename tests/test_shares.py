@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from eplb_core import EMPTY, EplbError, Topology, derive_maps, rebalance
-from eplb_core.locality import local_shares
 from eplb_core.shares import balanced_shares, check_shares, even_shares, slot_load
-from eplb_core.split import split_load
-from eplb_core.turns import derive_turns
+from eplb_core.shares.locality import local_shares
+from eplb_core.shares.split import split_load
+from eplb_core.shares.turns import derive_turns
 
 PLACEMENT = np.asarray([[0, 1, 0, 2]])
 TOPOLOGY = Topology(ep_size=2, slots_per_rank=2)

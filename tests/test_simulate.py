@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from eplb_core import EplbError, Topology, rebalance, round_robin
-from eplb_core.bootstrap import joint_intervals, mean_interval, resample_weights
-from eplb_core.configuration import Configuration, grid, parse_estimator
 from eplb_core.control import Reason
 from eplb_core.costs import Costs, Links, migration_cost
-from eplb_core.replay import gain, summarize
 from eplb_core.simulate import balancedness_bound, simulate
-from eplb_core.sweep import SimulationError, sweep
+from eplb_core.simulate.bootstrap import joint_intervals, mean_interval, resample_weights
+from eplb_core.simulate.configuration import Configuration, grid, parse_estimator
+from eplb_core.simulate.replay import gain, summarize
+from eplb_core.simulate.sweep import SimulationError, sweep
 from eplb_core.testing import model_moved, model_rank_load
 
 TOPOLOGY = Topology(ep_size=4, slots_per_rank=3, num_nodes=2)

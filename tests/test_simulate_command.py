@@ -14,8 +14,8 @@ import pytest
 from eplb_core import Topology
 from eplb_core.advise import advise
 from eplb_core.costs import Costs, Links
-from eplb_core.replay import gain
 from eplb_core.simulate import simulate
+from eplb_core.simulate.replay import gain
 from eplb_core.trace import write_trace
 
 for extra in ("typer", "rich", "matplotlib"):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from eplb_core import EplbError, Topology, rebalance, round_robin
+from eplb_core.elastic.survive import Loss, dry_run, survivable
 from eplb_core.plots.losses import losses
 from eplb_core.plots.style import png
-from eplb_core.survive import Loss, dry_run, survivable
 
 
 def test_windows_count_by_their_sum():

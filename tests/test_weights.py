@@ -5,9 +5,9 @@ import torch
 
 from eplb_core import EplbError
 from eplb_torch import ExpertWeights
-from eplb_torch.checksum import checksum_rows
-from eplb_torch.parcel import Parcel, WireFormat, copy_rows
 from eplb_torch.staging import Staging
+from eplb_torch.transaction.checksum import checksum_rows
+from eplb_torch.transaction.parcel import Parcel, WireFormat, copy_rows
 from tests.expert_rows import FIELDS, same_bytes
 
 

@@ -81,7 +81,7 @@ def read_load(file: Path, max_gb: float, last: int | None = None) -> "np.ndarray
 
 def enough_jobs(jobs: int | None, windows: int) -> int:
     """Return how many processes to use for so many windows: by default those that are worth starting."""
-    from eplb_core.sweep import available_cores
+    from eplb_core.simulate.sweep import available_cores
 
     return min(available_cores(), 1 + windows // _WINDOWS_PER_PROCESS) if jobs is None else jobs
 
@@ -101,7 +101,7 @@ def replaying(command: str) -> Iterator[Any]:
     to = Console(stderr=True)
     bar = Progress(*columns, console=to, transient=True, disable=not to.is_terminal)
     with failing(command):
-        from eplb_core.sweep import SimulationError
+        from eplb_core.simulate.sweep import SimulationError
 
         try:
             with bar:

@@ -24,7 +24,7 @@ from eplb_core.commands._replays import (
 from eplb_core.commands._shared import JsonFile, LoadFile, MaxGB, Nodes, Ranks, console, examples, write_json
 
 if TYPE_CHECKING:
-    from eplb_core.advice import Advice, Candidate
+    from eplb_core.advise.advice import Advice, Candidate
 
 MinimumGain = Annotated[
     float, typer.Option(min=0, max=0.99, help="Share of the time of expert layers that must be saved, surely.")
@@ -78,8 +78,8 @@ def advise(
     JSON has "recommend".
     """
     with replaying("advise") as progress:
-        from eplb_core.advice import summarize_advice
         from eplb_core.advise import advise as find_advice
+        from eplb_core.advise.advice import summarize_advice
         from eplb_core.policies import POLICIES
 
         trace = read_load(load, max_gb, last)
@@ -107,7 +107,7 @@ def _print(to: Any, advice: "Advice") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from eplb_core.advice import explain
+    from eplb_core.advise.advice import explain
     from eplb_core.units import in_units
 
     to.print(explain(advice), style="bold", soft_wrap=False)

@@ -74,12 +74,12 @@ def report(
     """
     require_modules("cli", "matplotlib")
     with replaying("report") as progress:
-        from eplb_core.advice import summarize_advice
         from eplb_core.advise import advise
-        from eplb_core.configuration import STATIC, grid
+        from eplb_core.advise.advice import summarize_advice
         from eplb_core.report import report as write
         from eplb_core.simulate import check_trace
-        from eplb_core.sweep import sweep
+        from eplb_core.simulate.configuration import STATIC, grid
+        from eplb_core.simulate.sweep import sweep
         from eplb_core.trace import read_trace
 
         trace = read_trace(load, limit_bytes=limit_bytes(max_gb))

@@ -39,7 +39,7 @@ from eplb_core.commands._shared import (
 )
 
 if TYPE_CHECKING:
-    from eplb_core.replay import Replay
+    from eplb_core.simulate.replay import Replay
     from eplb_core.topology import Topology
 
 EPILOG = examples(
@@ -92,9 +92,9 @@ def simulate(
     changed ("static"). "refined, once" is planned on the first window and kept.
     """
     with replaying("simulate") as progress:
-        from eplb_core.configuration import STATIC, grid
         from eplb_core.simulate import check_trace
-        from eplb_core.sweep import sweep
+        from eplb_core.simulate.configuration import STATIC, grid
+        from eplb_core.simulate.sweep import sweep
 
         if plot is not None:
             require_modules("cli", "matplotlib")
@@ -140,9 +140,9 @@ def simulate(
 
 def summarize_all(load: Any, replays: "tuple[Replay, ...]", baselines: "tuple[Replay, ...]") -> dict[str, Any]:
     """Return the figures of all replays, each with the gain over the static one on its topology."""
-    from eplb_core.configuration import STATIC
-    from eplb_core.replay import summarize
     from eplb_core.simulate import balancedness_bound
+    from eplb_core.simulate.configuration import STATIC
+    from eplb_core.simulate.replay import summarize
 
     static = {r.configuration.topology: r for r in baselines if r.configuration.policy == STATIC}
     bounds = {topology: float(balancedness_bound(load, topology).mean()) for topology in static}

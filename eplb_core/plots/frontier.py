@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from eplb_core.bootstrap import mean_interval
 from eplb_core.plots.style import clean, colour, marker, new_figure, spread, text_height
-from eplb_core.replay import Replay
+from eplb_core.simulate.bootstrap import mean_interval
+from eplb_core.simulate.replay import Replay
 
 MOST_NAMES = 7
 """With more points, colours stand for policies, and only the points that no other beats are named."""

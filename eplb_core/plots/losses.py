@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from eplb_core.elastic.survive import Loss
 from eplb_core.plots.style import GREY, clean, colour, new_figure
-from eplb_core.survive import Loss
 
 
 def losses(

@@ -9,7 +9,7 @@ from eplb_core.plots.frontier import MOST_NAMES, frontier, undominated
 from eplb_core.plots.ranks import rank_loads
 from eplb_core.plots.style import new_figure
 from eplb_core.plots.timeline import timeline
-from eplb_core.replay import Replay
+from eplb_core.simulate.replay import Replay
 
 
 def overview(load: Any, replays: Sequence[Replay], *, bound: Any = None, title: str = "", figure: Any = None) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from eplb_core.plots.style import GREY, clean, colour, label_ends, marker, new_figure
-from eplb_core.replay import Replay
+from eplb_core.simulate.replay import Replay
 
 _MOST_MARKERS = 40
 _MOST_WINDOWS = 60

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from eplb_core import _ops
 from eplb_core._checks import EMPTY
 from eplb_core.maps import count_replicas
-from eplb_core.search import copy_share
+from eplb_core.policies.search import copy_share
 from eplb_core.topology import Topology
 
 MARGIN = 0.5  # by how much a gaining copy must outweigh a losing one, so that counts do not flap

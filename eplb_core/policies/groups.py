@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from eplb_core import _ops
 from eplb_core._checks import EMPTY
 from eplb_core.packing import pack
-from eplb_core.relabel import keep_in_place
-from eplb_core.search import swap_copies
+from eplb_core.policies.relabel import keep_in_place
+from eplb_core.policies.search import swap_copies
 from eplb_core.topology import Topology
 
 NODE_TOLERANCE = 0.05  # moving a group moves all its experts, so a node may be this much above the mean

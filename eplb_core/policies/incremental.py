@@ -8,7 +8,7 @@ from eplb_core import _ops
 from eplb_core._checks import EMPTY
 from eplb_core.maps import count_replicas
 from eplb_core.policies.copies import exchange_copies, place_copies
-from eplb_core.search import copy_share, swap_copies
+from eplb_core.policies.search import copy_share, swap_copies
 from eplb_core.topology import Topology
 
 TOLERANCE = 0.01  # imbalance that is never worth a transfer

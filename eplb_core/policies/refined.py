@@ -9,9 +9,9 @@ from eplb_core.maps import count_replicas
 from eplb_core.packing import pack_apart
 from eplb_core.policies.copies import place_copies
 from eplb_core.policies.incremental import without_doubles
-from eplb_core.relabel import keep_in_place
+from eplb_core.policies.relabel import keep_in_place
+from eplb_core.policies.search import swap_copies
 from eplb_core.replicate import replicate
-from eplb_core.search import swap_copies
 from eplb_core.topology import Topology
 
 

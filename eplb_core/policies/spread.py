@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 
 from eplb_core import _ops
 from eplb_core._checks import EMPTY
-from eplb_core.search import copy_share
+from eplb_core.policies.search import copy_share
 from eplb_core.topology import Topology
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from eplb_core import Topology
-from eplb_torch.balancer_config import BalancerConfig
+from eplb_torch.balancer.config import BalancerConfig
 
 MIN_BALANCEDNESS = 0.85
 MAX_LOGIT_DIFFERENCE = 1e-4

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from eplb_core import Topology
 from eplb_core._checks import EplbError, require
-from eplb_torch.balancer_config import BalancerConfig
+from eplb_torch.balancer.config import BalancerConfig
 from eplb_torch.demo.corpus import Domain, read_domains
 from eplb_torch.demo.display import show_result, training_bar
 from eplb_torch.demo.live import make_view

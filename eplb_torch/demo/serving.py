@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eplb_core import Topology, moved_experts, rank_load
 from eplb_torch.balancer import ExpertBalancer
-from eplb_torch.balancer_config import BalancerConfig
+from eplb_torch.balancer.config import BalancerConfig
 from eplb_torch.demo.ledger import Ledger
 from eplb_torch.demo.model import load_model
 from eplb_torch.demo.ranks import Send
