@@ -6,6 +6,7 @@ from eplb_torch.balancer.planning import PlanningError
 from eplb_torch.device_maps import DeviceMaps, LayerMaps
 from eplb_torch.dispatch import count_tokens, mask_padding, select_slots
 from eplb_torch.dispatcher import Dispatcher
+from eplb_torch.elastic import ElasticGroup, Membership, is_loss
 from eplb_torch.execute import rearrange
 from eplb_torch.in_process import InProcessWorld
 from eplb_torch.live_model import LiveModel, ServedModel
@@ -25,6 +26,7 @@ __all__ = (
     "BalancerMetrics",
     "DeviceMaps",
     "Dispatcher",
+    "ElasticGroup",
     "ExpertBalancer",
     "ExpertReload",
     "ExpertWeights",
@@ -32,6 +34,7 @@ __all__ = (
     "LayerMaps",
     "LiveModel",
     "LoadRecorder",
+    "Membership",
     "Metrics",
     "NoMetrics",
     "PlanningError",
@@ -46,6 +49,7 @@ __all__ = (
     "TransportError",
     "count_tokens",
     "held_experts",
+    "is_loss",
     "mask_padding",
     "rearrange",
     "reload_experts",

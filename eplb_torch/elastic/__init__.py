@@ -19,13 +19,13 @@ from eplb_torch.elastic.groups import MakeGroup, form_group
 from eplb_torch.elastic.holdings import Holdings
 from eplb_torch.elastic.hosting import Hosting, Loads, ReadRows
 from eplb_torch.elastic.losses import is_loss
-from eplb_torch.elastic.members import Members, MembershipError
+from eplb_torch.elastic.members import Evicted, Members, MembershipError, MembersLost
 from eplb_torch.elastic.membership import Membership
 from eplb_torch.live_model import ElasticModel
 from eplb_torch.report import RearrangeError
 from eplb_torch.transport import ProcessGroupTransport
 
-__all__ = ("Change", "ElasticGroup", "is_loss")
+__all__ = ("Change", "ElasticGroup", "Evicted", "Members", "MembersLost", "Membership", "MembershipError", "is_loss")
 
 logger = logging.getLogger(__name__)
 
