@@ -12,8 +12,21 @@ import numpy as np
 
 
 def as_array(x) -> Any:
-    """`x` itself if it is an array of some library that follows the array API standard, else a NumPy copy."""
-    return x if hasattr(x, "__array_namespace__") else np.asarray(x)
+    """`x` itself if it is an array of some library that follows the array API standard, else as a NumPy array.
+
+    What cannot be one becomes an array of objects, which every check of a dtype refuses. So does an array with masked
+    entries, whose values nobody vouches for.
+    """
+    if type(x) is np.ndarray or (hasattr(type(x), "__array_namespace__") and not isinstance(x, np.ndarray)):
+        return x
+    try:
+        array = np.asarray(x)
+        masked = "numpy.ma" in sys.modules and np.ma.is_masked(x)
+        return array.astype(object) if masked else array
+    except Exception:  # ragged lists, tensors with gradients or on other devices, whatever `__array__` may raise
+        array = np.empty((), dtype=object)
+        array[()] = x
+        return array
 
 
 def namespace(x) -> Any:
@@ -173,7 +186,7 @@ def count_ids(ids, num_ids: int) -> Any:
     xp = namespace(ids)
     rows = ids.shape[0]
     if is_numpy(xp):
-        keys = ids + (np.arange(rows)[:, None] * (num_ids + 1) + 1)
+        keys = ids.astype(np.int64, copy=False) + (np.arange(rows)[:, None] * (num_ids + 1) + 1)
         return np.bincount(keys.ravel(), minlength=rows * (num_ids + 1)).reshape(rows, -1)[:, 1:].astype(np.int32)
     # One search serves all rows: the row is the leading digit of a key in which -1 comes first.
     row = xp.arange(rows, dtype=int_dtype(xp))[:, None] * (num_ids + 1)

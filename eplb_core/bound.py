@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Real
 from eplb_core import _ops
 from eplb_core._checks import check_load
 from eplb_core.placement import check_sizes
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 _DEPTH = 8  # copies per rank up to which the packing argument is made
 _MARGIN, _ROUNDINGS = 1e-9, 64  # counts are rounded down by more than floats err, so that the bound stays valid
@@ -44,6 +44,7 @@ def load_bound(load: Real[Any, "*windows layers logical"], topology: Topology) -
     >>> load_bound(np.asarray([[90, 10, 10, 10]]), Topology(ep_size=4, slots_per_rank=1)).round(6).tolist()
     [90.0]
     """
+    check_topology(topology, "load_bound")
     load = _ops.as_array(load)
     check_load(load, "load_bound(load=...)")
     check_sizes(load.shape[-1], topology, "load_bound(load=...)")

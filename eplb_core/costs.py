@@ -1,16 +1,16 @@
 """What a change of placement costs in traffic and time, and what a window costs to serve."""
 
-import math
 from dataclasses import dataclass
+from numbers import Real as RealNumber
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Real
 
-from eplb_core._checks import require
+from eplb_core._checks import check_indices, check_kind, check_number, require, shown
 from eplb_core.moves import MovePlan, plan_moves
 from eplb_core.rounds import Schedule, schedule_rounds
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,14 @@ class Links:
 
     def __post_init__(self):
         for name in ("within_node", "across_nodes"):
+            value = getattr(self, name)
             require(
-                getattr(self, name) > 0 and not math.isnan(getattr(self, name)),
+                isinstance(value, RealNumber) and not isinstance(value, bool) and value > 0,
                 f"`Links({name}=...)` must be > 0 bytes per second",
-                f"{name}={getattr(self, name)}",
+                f"{name}={shown(value)}",
                 "Use infinity for a link that costs nothing.",
             )
-        require(
-            0 <= self.latency < math.inf,
-            "`Links(latency=...)` must be finite and >= 0 seconds",
-            f"latency={self.latency}",
-            "Use 0 to count bytes only.",
-        )
+        check_number(self.latency, "Links(latency=...)", 0, advice="Seconds; use 0 to count bytes only.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +68,13 @@ class Costs:
     overlapped: bool = False
 
     def __post_init__(self):
-        for name, least in (("bytes_per_expert", "0 bytes"), ("seconds_per_token", "0 seconds")):
-            require(
-                0 <= getattr(self, name) < math.inf,
-                f"`Costs({name}=...)` must be finite and >= {least}",
-                f"{name}={getattr(self, name)}",
-                "Measure it, or work it out from the model's configuration.",
-            )
-        require(
-            0 < self.scale < math.inf,
-            "`Costs(scale=...)` must be finite and > 0",
-            f"scale={self.scale}",
-            "Use 1 where the trace counts every token.",
-        )
+        advice = "Measure it, or work it out from the model's configuration."
+        check_number(self.bytes_per_expert, "Costs(bytes_per_expert=...)", 0, 2.0**63, advice)
+        check_number(self.seconds_per_token, "Costs(seconds_per_token=...)", 0, 1e12, advice)
+        check_number(self.scale, "Costs(scale=...)", 0, 1e12, "Use 1 where the trace counts every token.")
+        require(self.scale > 0, "`Costs(scale=...)` must be > 0", f"scale={self.scale}", "Use 1 without a sample.")
+        check_kind(self.links, Links, "Costs(links=...)")
+        check_kind(self.overlapped, bool, "Costs(overlapped=...)")
 
     def serving_seconds(self, busiest_load: Real[Any, "*windows layers"]) -> Real[np.ndarray, "*windows"]:
         """Add up over layers the time in which the busiest rank serves its tokens.
@@ -146,6 +136,7 @@ def migration_cost(
     >>> migration_cost(np.asarray([[0, 1, 2, 3]]), np.asarray([[0, 2, 2, 3]]), Topology(2, 2, 2), costs).seconds
     6.25
     """
+    check_kind(costs, Costs, "migration_cost(costs=...)")
     schedule = schedule_rounds(plan_moves(old, new, topology) if plan is None else plan, topology)
     sent = transfer_matrix(schedule, topology)
     node = np.arange(topology.ep_size) // topology.ranks_per_node
@@ -171,10 +162,18 @@ def migration_cost(
 def transfer_matrix(schedule: Schedule, topology: Topology) -> Int[np.ndarray, "ep_size ep_size"]:
     """Count the experts that each rank (row) sends to each rank (column), all layers together.
 
+    Raises:
+        EplbError: if the schedule is of other ranks.
+
     >>> from eplb_core.moves import MovePlan
     >>> topology = Topology(ep_size=2, slots_per_rank=2)
     >>> transfer_matrix(schedule_rounds(MovePlan(np.asarray([[2, 1, 2, 3]])), topology), topology).tolist()
     [[0, 0], [1, 0]]
     """
+    check_topology(topology, "transfer_matrix")
+    check_kind(schedule, Schedule, "transfer_matrix(schedule=...)")
+    for name, ranks in (("src_rank", schedule.src_rank), ("dst_rank", schedule.dst_rank)):
+        advice = "Make it with schedule_rounds, for this topology."
+        check_indices(ranks, topology.ep_size, f"transfer_matrix(schedule={name}...)", "ranks", advice)
     pair = schedule.src_rank.astype(np.int64) * topology.ep_size + schedule.dst_rank
     return np.bincount(pair, minlength=topology.ep_size**2).reshape(topology.ep_size, topology.ep_size)

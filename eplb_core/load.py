@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from eplb_core import _ops
-from eplb_core._checks import check_load, is_integer, require
+from eplb_core._checks import check_count, check_ids, check_load, check_number, check_room, is_integer, require
 from eplb_core.maps import check_range
 
 
@@ -69,12 +69,12 @@ def sliding_window(size: int) -> Estimator:
     """Add up the last `size` windows, as integers: what an engine with a ring buffer does.
 
     Args:
-        size: windows, >= 1. State and update cost `O(size)` references, and no copies of rows.
+        size: windows, 1..2**16. State and update cost `O(size)` references, and no copies of rows.
 
     Raises:
         EplbError: if `size` is out of range; from `update`, if the load is malformed or not integer.
     """
-    _check_size("sliding_window(size=...)", size, 1)
+    size = check_count(size, "sliding_window(size=...)", 1, 2**16, "Count windows.")
 
     def estimate(state: Windows):
         xp = _ops.namespace(state.rows[0])
@@ -90,7 +90,7 @@ def exponential_decay(half_life: float) -> Estimator:
     """Let the weight of a window halve every `half_life` windows.
 
     Args:
-        half_life: windows, > 0 and finite.
+        half_life: windows, 0.001 to 1e9.
 
     Returns:
         An estimator with estimates of the library's default float type.
@@ -105,16 +105,12 @@ def exponential_decay(half_life: float) -> Estimator:
     >>> estimator.estimate(state).tolist(), float(estimator.windows(state))
     ([[4.0, 4.0]], 1.5)
     """
-    require(
-        0 < half_life < float("inf"),
-        "`exponential_decay(half_life=...)` must be finite and > 0 windows",
-        f"half_life={half_life}",
-        "Use 1 to 4 where windows hold many tokens.",
-    )
+    advice = "Use 1 to 4 where windows hold many tokens."
+    check_number(half_life, "exponential_decay(half_life=...)", 1e-3, 1e9, advice)
     keep = 0.5 ** (1 / half_life)
 
     def init(num_layers: int, num_logical: int) -> Decayed:
-        return Decayed(np.zeros((num_layers, num_logical)), np.zeros(()))
+        return Decayed(np.zeros(_checked_sizes(num_layers, num_logical)), np.zeros(()))
 
     def update(state: Decayed, load: Int[Any, "layers logical"]) -> Decayed:
         load = _checked(load, state.total.shape)
@@ -152,8 +148,8 @@ def trend_forecast(size: int, *, horizon: int = 1) -> Estimator:
     >>> estimator.estimate(state).tolist()
     [[4.0, 0.0, 5.0]]
     """
-    _check_size("trend_forecast(size=...)", size, 2, 64)
-    _check_size("trend_forecast(horizon=...)", horizon, 1, 64)
+    size = check_count(size, "trend_forecast(size=...)", 2, 64, "Count windows.")
+    horizon = check_count(horizon, "trend_forecast(horizon=...)", 1, 64, "Count windows.")
 
     def estimate(state: Windows):
         xp = _ops.namespace(state.rows[0])
@@ -203,13 +199,15 @@ def logical_load(
         "Pass the placement under which the tokens were counted.",
     )
     counts = _checked(counts, counts.shape, "logical_load(slot_counts=...)")
+    check_ids(ids, ids.shape[-1], "logical_load(physical_to_logical=...)")
     check_range(ids, num_logical)
     return _ops.sum_by_id(counts, ids, num_logical)
 
 
 def _init_windows(size: int):
     def init(num_layers: int, num_logical: int) -> Windows:
-        return Windows((np.zeros((num_layers, num_logical), dtype=np.int64),) * size, np.zeros((), dtype=np.int64))
+        zeros = np.zeros(_checked_sizes(num_layers, num_logical), dtype=np.int64)
+        return Windows((zeros,) * size, np.zeros((), dtype=np.int64))
 
     return init
 
@@ -246,10 +244,7 @@ def _checked(load, shape: tuple[int, ...], name: str = "update(load=...)"):
     return _ops.namespace(load).astype(load, _ops.int_dtype(_ops.namespace(load)))
 
 
-def _check_size(name: str, size: int, least: int, most: int | None = None) -> None:
-    require(
-        isinstance(size, int) and least <= size and (most is None or size <= most),
-        f"`{name}` must be an integer, {least} or more" + ("" if most is None else f", at most {most}"),
-        f"{size!r}",
-        "Count windows.",
-    )
+def _checked_sizes(num_layers: int, num_logical: int) -> tuple[int, int]:
+    sizes = check_count(num_layers, "init(num_layers=...)", 1), check_count(num_logical, "init(num_logical=...)", 1)
+    check_room("init", *sizes)
+    return sizes

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, at, check_ids, require
+from eplb_core._checks import EMPTY, MOST_EXPERTS, at, check_count, check_ids, check_room, is_integer, require
 
 
 class ExpertMaps(NamedTuple):
@@ -39,7 +39,7 @@ def derive_maps(
         `ExpertMaps`, without the layer axis if the input had none.
 
     Raises:
-        EplbError: if ids are out of range, or an expert has more copies than `max_replicas`.
+        EplbError: if ids or sizes are out of range, or an expert has more copies than `max_replicas`.
 
     >>> import numpy as np
     >>> maps = derive_maps(np.asarray([0, 2, 1, 2, EMPTY]), num_logical=3)
@@ -52,15 +52,16 @@ def derive_maps(
         maps = derive_maps(ids[None, :], num_logical, max_replicas=max_replicas)
         return ExpertMaps(*(field[0, ...] for field in maps))
     require(
-        ids.ndim == 2,
-        "`derive_maps(physical_to_logical=...)` must be `[layers, slots]` or `[slots]`",
-        f"shape={tuple(ids.shape)}",
+        ids.ndim == 2 and is_integer(ids),
+        "`derive_maps(physical_to_logical=...)` must be integers `[layers, slots]` or `[slots]`",
+        f"dtype={ids.dtype}, shape={tuple(ids.shape)}",
         "Pass one placement.",
     )
     check_ids(ids, ids.shape[-1], "derive_maps(physical_to_logical=...)")
     check_range(ids, num_logical)
     counts = _ops.count_ids(ids, num_logical)
     max_replicas = _checked_width(counts, max_replicas)
+    check_room("derive_maps", *counts.shape, max_replicas)
     list_slots = _list_slots_numpy if _ops.is_numpy(xp) else _list_slots
     return ExpertMaps(
         physical_to_logical=xp.astype(ids, xp.int32),
@@ -106,19 +107,15 @@ def count_replicas(physical_to_logical: Int[Any, "layers slots"], num_logical: i
 
 def check_range(ids, num_logical: int) -> None:
     """Refuse ids that are not smaller than `num_logical`; under a `jax.jit` trace they cannot be looked at."""
-    require(
-        num_logical >= 1,
-        "`num_logical` must be >= 1",
-        f"num_logical={num_logical}",
-        "Pass the number of experts the router knows.",
-    )
-    if _ops.is_traced(ids):
+    advice = "Pass the number of experts the router knows."
+    num_logical = check_count(num_logical, "num_logical", 1, MOST_EXPERTS, advice)
+    check_room("num_logical", ids.shape[0], num_logical)
+    if _ops.is_traced(ids) or int(_ops.namespace(ids).max(ids)) < num_logical:
         return
-    bad = ids >= num_logical
     require(
-        not bool(_ops.namespace(ids).any(bad)),
+        False,
         f"a placement for num_logical={num_logical} holds ids 0..{num_logical - 1} and EMPTY = -1",
-        f"larger ids at (layer, slot) {at(bad)}",
+        f"larger ids at (layer, slot) {at(ids >= num_logical)}",
         "Check which model this placement was made for.",
     )
 
@@ -131,9 +128,9 @@ def _checked_width(counts, max_replicas: int | None) -> int:
             "max_replicas=None",
             "Use ep_size, or 1 + the number of redundant slots.",
         )
-        return int(max_replicas or 0)
+        return check_count(max_replicas, "derive_maps(max_replicas=...)", 1)
     most = int(_ops.namespace(counts).max(counts))
-    width = max(most, 1) if max_replicas is None else max_replicas
+    width = max(most, 1) if max_replicas is None else check_count(max_replicas, "derive_maps(max_replicas=...)")
     require(
         width >= max(most, 1),
         "`derive_maps(max_replicas=...)` must hold all copies of every expert",

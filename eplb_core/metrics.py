@@ -5,10 +5,10 @@ from typing import Any
 from jaxtyping import Float, Int, Real
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, check_ids, check_load, require
+from eplb_core._checks import EMPTY, check_ids, check_load, check_room, require
 from eplb_core.maps import count_replicas
-from eplb_core.moves import MovePlan
-from eplb_core.topology import Topology
+from eplb_core.moves import MovePlan, check_plan
+from eplb_core.topology import Topology, check_topology
 
 
 def rank_load(
@@ -36,6 +36,7 @@ def rank_load(
     >>> rank_load(np.asarray([[0, 1, 0, 2]]), np.asarray([[8, 1, 3]]), Topology(2, 2)).tolist()
     [[5.0, 7.0]]
     """
+    check_topology(topology, "rank_load")
     physical_to_logical, load = _ops.as_array(physical_to_logical), _ops.as_array(load)
     check_ids(physical_to_logical, topology.num_slots, "rank_load(physical_to_logical=...)")
     check_load(load, "rank_load(load=...)")
@@ -47,6 +48,7 @@ def rank_load(
     )
     xp = _ops.namespace(physical_to_logical)
     num_layers, num_logical = load.shape[-2:]
+    check_room("rank_load", *load.shape[:-1], topology.num_slots)
     copies, one = count_replicas(physical_to_logical, num_logical), xp.asarray(1, dtype=xp.int32)
     share = xp.astype(load, _ops.float_dtype(xp)) / xp.astype(xp.maximum(copies, one), _ops.float_dtype(xp))
     table = xp.reshape(share, (-1, num_layers * num_logical))
@@ -129,6 +131,7 @@ def moved_experts(
     >>> moved_experts(np.asarray([[0, 1, 2, 3]]), np.asarray([[1, 0, 1, 1]]), Topology(2, 2)).tolist()
     [1]
     """
+    check_topology(topology, "moved_experts")
     old, new = _ops.as_array(old), _ops.as_array(new)
     check_ids(old, topology.num_slots, "moved_experts(old=...)")
     check_ids(new, topology.num_slots, "moved_experts(new=...)")
@@ -139,6 +142,7 @@ def moved_experts(
         "Compare placements of the same model.",
     )
     xp = _ops.namespace(new)
+    check_room("moved_experts", *old.shape, topology.slots_per_rank)
     by_rank = (old.shape[0], topology.ep_size, topology.slots_per_rank)
     before, after = xp.reshape(old, by_rank), xp.reshape(new, by_rank)
     held = xp.any(after[..., :, None] == before[..., None, :], axis=-1)
@@ -169,12 +173,10 @@ def received_experts(plan: MovePlan, topology: Topology) -> tuple[Int[Any, " lay
     >>> [count.tolist() for count in received_experts(plan, topology)]
     [[1], [1]]
     """
-    source = _ops.as_array(plan.source_slot)
-    check_ids(source, topology.num_slots, "received_experts(plan=...)")
+    source, relay = check_plan(plan, topology, "received_experts")
     xp = _ops.namespace(source)
     via = source
-    if plan.relay_slot is not None:
-        relay = _ops.as_array(plan.relay_slot)
+    if relay is not None:
         via = xp.where(relay == EMPTY, source, relay)
     split = (source.shape[0], topology.ep_size, topology.slots_per_rank)
     by_rank, via = (xp.reshape(xp.astype(x, xp.int32), split) for x in (source, via))

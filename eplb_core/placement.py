@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Int
 
 from eplb_core import _ops
-from eplb_core._checks import at, check_ids, listing, require
-from eplb_core.topology import Topology
+from eplb_core._checks import MOST_EXPERTS, at, check_count, check_ids, check_room, positions, require
+from eplb_core.topology import Topology, check_topology
 
 
 def round_robin(num_layers: int, num_logical: int, topology: Topology) -> Int[np.ndarray, "layers slots"]:
@@ -22,18 +22,14 @@ def round_robin(num_layers: int, num_logical: int, topology: Topology) -> Int[np
         `[layers, slots]` int32.
 
     Raises:
-        EplbError: if there are more experts than slots.
+        EplbError: if there are more experts than slots, or a size is out of range.
 
     >>> round_robin(1, 5, Topology(ep_size=2, slots_per_rank=4)).tolist()
     [[0, 1, 2, 3, 4, 0, 1, 2]]
     """
     check_sizes(num_logical, topology, "round_robin(num_logical=...)")
-    require(
-        num_layers >= 1,
-        "`round_robin(num_layers=...)` must be >= 1",
-        f"num_layers={num_layers}",
-        "Count the model's MoE layers.",
-    )
+    num_layers = check_count(num_layers, "round_robin(num_layers=...)", 1, advice="Count the model's MoE layers.")
+    check_room("round_robin", num_layers, topology.num_slots)
     return np.tile(np.arange(topology.num_slots, dtype=np.int32) % num_logical, (num_layers, 1))
 
 
@@ -43,9 +39,11 @@ def check_sizes(num_logical: int, topology: Topology, name: str) -> None:
     Raises:
         EplbError: naming the fewest slots per rank that would do.
     """
+    check_topology(topology, name.partition("(")[0])
+    num_logical = check_count(num_logical, name, 1, MOST_EXPERTS, "Count the experts that the router knows.")
     needed = -(-num_logical // topology.ep_size)
     require(
-        1 <= num_logical <= topology.num_slots,
+        num_logical <= topology.num_slots,
         f"`{name}` must be at least 1 and at most the number of slots",
         f"num_logical={num_logical}, num_slots={topology.num_slots}",
         f"Every expert needs one slot: use slots_per_rank >= {needed} or more ranks.",
@@ -78,19 +76,24 @@ def check_placement(
     ...
     eplb_core._checks.EplbError: `check_placement` needs a slot for every expert; got ... pairs [(0, 2)]. Place ...
     """
+    check_topology(topology, "check_placement")
     ids = np.asarray(_ops.as_array(physical_to_logical))
     check_ids(ids, topology.num_slots, "check_placement(physical_to_logical=...)")
+    most = int(ids.max())
     if num_logical is None:
-        num_logical = max(int(ids.max()) + 1, 1)
-    bad = ids >= num_logical
-    require(
-        not bad.any(),
-        f"`check_placement` allows expert ids 0..{num_logical - 1} and EMPTY = -1",
-        f"ids {listing(sorted(set(ids[bad].tolist())))} at (layer, slot) {at(bad)}",
-        "Check which model this placement was made for.",
-    )
+        num_logical = max(most + 1, 1)
+    num_logical = check_count(num_logical, "check_placement(num_logical=...)", 1, MOST_EXPERTS)
+    if most >= num_logical:
+        bad = ids >= num_logical
+        require(
+            False,
+            f"`check_placement` allows expert ids 0..{num_logical - 1} and EMPTY = -1",
+            f"ids {sorted({int(ids[place]) for place in positions(bad)})} at (layer, slot) {at(bad)}",
+            "Check which model this placement was made for.",
+        )
     if allow_lost:
         return
+    check_room("check_placement", ids.shape[0], num_logical)
     held = np.zeros((ids.shape[0], num_logical + 1), dtype=bool)
     held[np.arange(ids.shape[0])[:, None], ids] = True  # EMPTY = -1 marks the spare last column
     lost = ~held[:, :num_logical]
@@ -129,6 +132,7 @@ def preserve_slots(
     >>> preserve_slots(np.asarray([[3, 0, 1, 2]]), np.asarray([[0, 1, 2, 3]]), topology).tolist()
     [[0, 3, 2, 1]]
     """
+    check_topology(topology, "preserve_slots")
     new, old = _ops.as_array(new), _ops.as_array(old)
     xp = _ops.namespace(new)
     check_ids(new, topology.num_slots, "preserve_slots(new=...)")

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, check_ids, require
-from eplb_core.moves import MovePlan
+from eplb_core._checks import EMPTY, check_indices
+from eplb_core.moves import MovePlan, check_plan
 from eplb_core.topology import Topology
 
 
@@ -65,10 +65,10 @@ def schedule_rounds(plan: MovePlan, topology: Topology, *, layers: Any = None) -
     >>> schedule.src_slot.tolist(), schedule.dst_slot.tolist(), schedule.num_rounds
     ([1, 2], [2, 0], 1)
     """
-    source = np.asarray(_ops.as_array(plan.source_slot))
-    check_ids(source, topology.num_slots, "schedule_rounds(plan=...)")
+    source, relay = (None if x is None else np.asarray(x) for x in check_plan(plan, topology, "schedule_rounds"))
+    assert source is not None
     chosen = _chosen_layers(layers, source.shape[0])
-    relay = None if plan.relay_slot is None else np.asarray(plan.relay_slot)[chosen]
+    relay = None if relay is None else relay[chosen]
     layer, dst_slot, src_slot, relayed = _rows(source[chosen], relay, topology)
     src_rank, dst_rank = src_slot // topology.slots_per_rank, dst_slot // topology.slots_per_rank
     pair = src_rank * topology.ep_size + dst_rank
@@ -91,14 +91,8 @@ def schedule_rounds(plan: MovePlan, topology: Topology, *, layers: Any = None) -
 def _chosen_layers(layers, num_layers: int) -> np.ndarray:
     if layers is None:
         return np.arange(num_layers)
-    chosen = np.unique(np.asarray(layers, dtype=np.int64))
-    require(
-        chosen.size == 0 or bool(chosen[0] >= 0 and chosen[-1] < num_layers),
-        f"`schedule_rounds(layers=...)` must be layer ids 0..{num_layers - 1}",
-        f"layers={layers}",
-        "Count layers as the plan does.",
-    )
-    return chosen
+    advice = "Count layers as the plan does."
+    return np.unique(check_indices(layers, num_layers, "schedule_rounds(layers=...)", "layer ids", advice))
 
 
 def _rows(source: np.ndarray, relay: np.ndarray | None, topology: Topology):

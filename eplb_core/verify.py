@@ -5,14 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eplb_core._checks import EMPTY
-from eplb_core.topology import Topology
+from eplb_core import _ops
+from eplb_core._checks import EMPTY, check_indices
+from eplb_core.topology import Topology, check_topology
 
 
 class Violation(NamedTuple):
     """One broken rule. An empty tuple of violations means that a plan is sound.
 
-    kind: `"shape"`, `"range"`, `"coverage"` (the slot would not hold its expert), `"needless"` (a slot that does not
+    kind: `"shape"` (also what is no plan, or no array of integers), `"range"`, `"coverage"` (the slot would not hold its expert), `"needless"` (a slot that does not
         change is moved), `"liveness"` (a dead source), `"local"` (sent although the rank holds it), `"nearest"` (sent
         across nodes although the node holds it), `"shared"` (two messages of one expert to one rank), `"relay"`,
         `"pairing"` (a message missing, twice, unplanned, or between other ranks than its slots), `"round"` (a rank
@@ -54,6 +55,9 @@ def verify_plan(
     Returns:
         Violations in order of layer and slot, then those of the schedule; empty if the plan is sound.
 
+    Raises:
+        EplbError: if `topology` or `live_ranks` make no sense; whatever is wrong with the rest is a violation.
+
     >>> from eplb_core import MovePlan
     >>> old, new, topology = [[0, 1, 2, 3]], [[0, 2, 2, 3]], Topology(ep_size=2, slots_per_rank=2)
     >>> verify_plan(old, new, MovePlan(np.asarray([[0, 2, 2, 3]])), topology)
@@ -61,26 +65,51 @@ def verify_plan(
     >>> verify_plan(old, new, MovePlan(np.asarray([[0, 3, 2, 3]])), topology)[0].detail
     'slot 1 shall hold expert 2 and would get expert 3 from slot 3'
     """
-    old, new, source = (np.asarray(x) for x in (old, new, plan.source_slot))
-    relay = np.full(source.shape, EMPTY) if plan.relay_slot is None else np.asarray(plan.relay_slot)
-    shapes = {x.shape for x in (old, new, source, relay)}
-    if len(shapes) > 1 or old.ndim != 2 or old.shape[1] != topology.num_slots:
-        return (Violation("shape", -1, -1, f"old, new, plan must be [layers, {topology.num_slots}]; got {shapes}"),)
+    check_topology(topology, "verify_plan")
     live = _live(live_ranks, topology)
+    given = (old, new, getattr(plan, "source_slot", None), getattr(plan, "relay_slot", None))
+    old, new, source, relay = (np.asarray(_ops.as_array(x)) for x in given)
+    relay = np.full(source.shape, EMPTY) if given[3] is None else relay
+    arrays = (old, new, source, relay)
+    shapes = {x.shape for x in arrays}
+    if (
+        len(shapes) > 1
+        or old.ndim != 2
+        or old.shape[1] != topology.num_slots
+        or {x.dtype.kind for x in arrays} - {*"iu"}
+    ):
+        detail = f"old, new, plan must be integers [layers, {topology.num_slots}]; got {shapes}"
+        return (Violation("shape", -1, -1, detail),)
     found: list[Violation] = []
     messages: dict[tuple[int, int, int], tuple[int, set[int], bool]] = {}
     for layer, rows in enumerate(zip(old.tolist(), new.tolist(), source.tolist(), relay.tolist(), strict=True)):
         _check_layer(layer, *rows, topology, live, allow_lost, found, messages)
     if schedule is not None:
-        found.extend(_check_schedule(schedule, messages, topology))
+        columns = _columns(schedule)
+        if columns is None:
+            found.append(Violation("shape", -1, -1, "a schedule must have seven columns of integers, of equal lengths"))
+        else:
+            found.extend(_check_schedule(columns, messages, topology))
     return tuple(found)
 
 
 def _live(live_ranks: Any, topology: Topology) -> set[int]:
     if live_ranks is None:
         return set(range(topology.ep_size))
-    ranks = np.asarray(live_ranks)
-    return set(np.flatnonzero(ranks).tolist()) if ranks.dtype == bool else set(ranks.tolist())
+    ranks = np.asarray(_ops.as_array(live_ranks))
+    if ranks.dtype == bool and ranks.shape == (topology.ep_size,):
+        return set(np.flatnonzero(ranks).tolist())
+    advice = "List each live rank by its ep_rank, or give one boolean per rank."
+    return set(check_indices(ranks, topology.ep_size, "verify_plan(live_ranks=...)", "rank ids", advice).tolist())
+
+
+def _columns(schedule: Any) -> list[np.ndarray] | None:
+    """The columns of a schedule as arrays; None if it has not the form of one."""
+    if not isinstance(schedule, tuple | list) or len(schedule) != 7:
+        return None
+    columns = [np.asarray(_ops.as_array(column)) for column in schedule]
+    good = all(column.ndim == 1 and (column.dtype.kind in "iub" or not column.size) for column in columns)
+    return columns if good and len({len(column) for column in columns}) == 1 else None
 
 
 def _check_layer(layer, old, new, source, relay, topology, live, allow_lost, found, messages) -> None:

@@ -10,11 +10,11 @@ from eplb_core.load import exponential_decay, logical_load, sliding_window, tren
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sliding_window(0), "must be an integer, 1 or more"),
+        (lambda: sliding_window(0), "must be an integer 1"),
         (lambda: sliding_window(1.5), "must be an integer"),
-        (lambda: trend_forecast(1), "2 or more"),
-        (lambda: trend_forecast(3, horizon=65), "at most 64"),
-        (lambda: exponential_decay(0), "> 0 windows"),
+        (lambda: trend_forecast(1), "must be an integer 2..64"),
+        (lambda: trend_forecast(3, horizon=65), "1..64"),
+        (lambda: exponential_decay(0), "a finite number 0.001"),
         (lambda: exponential_decay(float("nan")), "finite"),
     ],
 )

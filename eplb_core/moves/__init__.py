@@ -1,14 +1,17 @@
 """The move plan: where the contents of every slot come from."""
 
+from numbers import Number
 from typing import Any, NamedTuple
 
 from jaxtyping import Int, Shaped
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, LostExpertsError, check_ids, require
+from eplb_core._checks import EMPTY, LostExpertsError, at, check_choice, check_ids, check_indices, check_kind, require
 from eplb_core.moves.candidates import Requests
 from eplb_core.moves.senders import choose_senders
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
+
+_RANKS = "List each live rank by its ep_rank."
 
 
 class MovePlan(NamedTuple):
@@ -63,6 +66,7 @@ def plan_moves(
     >>> plan_moves(np.asarray([[0, 1, 2, 3]]), np.asarray([[1, 0, 2, 0]]), topology).source_slot.tolist()
     [[1, 0, 2, 0]]
     """
+    check_topology(topology, "plan_moves")
     old, new = _ops.as_array(old), _ops.as_array(new)
     _check(old, new, topology, fan_out)
     xp = _ops.namespace(old)
@@ -108,13 +112,18 @@ def apply_moves(
         Array like `values`.
 
     Raises:
-        EplbError: if `values` does not have the plan's layers and slots.
+        EplbError: if `values` does not have the plan's layers and slots, the plan takes from slots that do not exist,
+            or `fill` is no number.
 
     >>> import numpy as np
     >>> apply_moves(np.asarray([[5, 6, 7]]), MovePlan(np.asarray([[2, EMPTY, 2]]))).tolist()
     [[7, -1, 7]]
     """
+    check_kind(plan, MovePlan, "apply_moves(plan=...)")
     values, source = _ops.as_array(values), _ops.as_array(plan.source_slot)
+    check_ids(source, source.shape[-1] if source.ndim else 0, "apply_moves(plan=...)")
+    _check_slots(source, "apply_moves")
+    check_kind(fill, Number, "apply_moves(fill=...)")
     require(
         tuple(values.shape[:2]) == tuple(source.shape),
         "`apply_moves(values=...)` must be `[layers, slots, ...]` like the plan",
@@ -164,7 +173,7 @@ def _live_slots(live_ranks, topology: Topology, xp):
     """Boolean `[slots]`."""
     if live_ranks is None:
         return xp.ones(topology.num_slots, dtype=xp.bool)
-    ranks = xp.asarray(live_ranks)
+    ranks = xp.asarray(_ops.as_array(live_ranks))
     if xp.isdtype(ranks.dtype, "bool"):
         require(
             tuple(ranks.shape) == (topology.ep_size,),
@@ -174,13 +183,8 @@ def _live_slots(live_ranks, topology: Topology, xp):
         )
         live = ranks
     else:
-        inside = ranks.size == 0 or _ops.is_traced(ranks)
-        require(
-            ranks.ndim == 1 and (inside or (bool(xp.all(ranks >= 0)) and bool(xp.all(ranks < topology.ep_size)))),
-            f"`plan_moves(live_ranks=...)` must be rank ids 0..{topology.ep_size - 1}",
-            f"live_ranks={live_ranks}",
-            "List each live rank by its ep_rank.",
-        )
+        if not _ops.is_traced(ranks):
+            check_indices(ranks, topology.ep_size, "plan_moves(live_ranks=...)", "rank ids", _RANKS)
         live = xp.any(xp.arange(topology.ep_size)[:, None] == ranks[None, :], axis=1)
     return xp.take(live, xp.arange(topology.num_slots) // topology.slots_per_rank)
 
@@ -194,11 +198,37 @@ def _check(old, new, topology: Topology, fan_out: str) -> None:
         f"shapes {tuple(old.shape)} and {tuple(new.shape)}",
         "Pass two placements of the same model.",
     )
+    advice = "Use 'node' where links between nodes are the bottleneck."
+    check_choice(fan_out, ("direct", "node"), "plan_moves(fan_out=...)", advice)
+
+
+def check_plan(plan: Any, topology: Topology, name: str) -> tuple[Any, Any]:
+    """The arrays `source_slot` and `relay_slot` of a plan that fits the topology; the latter may be None."""
+    check_topology(topology, name)
+    check_kind(plan, MovePlan, f"{name}(plan=...)")
+    arrays = [None if array is None else _ops.as_array(array) for array in plan]
+    for array in arrays:
+        if array is not None:
+            check_ids(array, topology.num_slots, f"{name}(plan=...)")
+            _check_slots(array, name)
+    source, relay = arrays
     require(
-        fan_out in ("direct", "node"),
-        "`plan_moves(fan_out=...)` must be 'direct' or 'node'",
-        f"fan_out={fan_out!r}",
-        "Use 'node' where links between nodes are the bottleneck.",
+        source is not None and (relay is None or relay.shape == source.shape),
+        f"`{name}(plan=...)` must have sources, and relays of as many layers or none",
+        f"shapes {[None if array is None else tuple(array.shape) for array in arrays]}",
+        "Make it with plan_moves.",
+    )
+    return source, relay
+
+
+def _check_slots(slots, name: str) -> None:
+    if _ops.is_traced(slots) or int(_ops.namespace(slots).max(slots)) < slots.shape[1]:
+        return
+    require(
+        False,
+        f"`{name}(plan=...)` must name slots 0..{slots.shape[1] - 1}, or EMPTY = -1",
+        f"larger slots at (layer, slot) {at(slots >= slots.shape[1])}",
+        "Make it with plan_moves.",
     )
 
 

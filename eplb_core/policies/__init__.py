@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Int, Real
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, check_ids, check_load, is_integer, require
+from eplb_core._checks import EMPTY, check_choice, check_count, check_ids, check_load, check_number, is_integer, require
 from eplb_core.maps import check_range
 from eplb_core.metrics import moved_experts, rank_load
 from eplb_core.placement import check_sizes, preserve_slots
@@ -192,39 +192,18 @@ def _checked_previous(previous, load, topology: Topology):
 
 
 def _check_options(policy, tolerance, max_moves, max_total_moves, cross_node_cost, risk) -> None:
-    require(
-        policy in POLICIES,
-        f"`rebalance(policy=...)` must be one of {POLICIES}",
-        f"policy={policy!r}",
-        "Check the spelling.",
-    )
+    check_choice(policy, POLICIES, "rebalance(policy=...)")
     for name, value in (("max_moves", max_moves), ("max_total_moves", max_total_moves)):
-        require(
-            value is None or 0 <= value <= _UNLIMITED,
-            f"`rebalance({name}=...)` must be None or 0..{_UNLIMITED}",
-            f"{name}={value}",
-            "Use None for no limit.",
-        )
-    for name, value, least in (
-        ("tolerance", tolerance or 0.0, 0),
-        ("cross_node_cost", cross_node_cost, 1),
-        ("risk", risk, 0),
-    ):
-        require(
-            least <= value < float("inf"),
-            f"`rebalance({name}=...)` must be finite and >= {least}",
-            f"{name}={value}",
-            "See its description.",
-        )
+        if value is not None:
+            check_count(value, f"rebalance({name}=...)", 0, _UNLIMITED, "Use None for no limit.")
+    if tolerance is not None:
+        check_number(tolerance, "rebalance(tolerance=...)", 0)
+    check_number(cross_node_cost, "rebalance(cross_node_cost=...)", 1, 1e9)
+    check_number(risk, "rebalance(risk=...)", 0, 1e9)
 
 
 def _check_spread(spread: str | None, num_nodes: int, topology: Topology) -> None:
-    require(
-        spread in (None, "node"),
-        "`rebalance(spread=...)` must be None or 'node'",
-        f"spread={spread!r}",
-        "Check the spelling.",
-    )
+    check_choice(spread, (None, "node"), "rebalance(spread=...)")
     require(
         spread is None or topology.num_nodes > 1,
         "`rebalance(spread='node')` needs at least two nodes",
@@ -241,17 +220,9 @@ def _check_spread(spread: str | None, num_nodes: int, topology: Topology) -> Non
 
 def _resolve(hierarchy: str, num_groups: int, num_nodes: int, num_logical: int) -> tuple[int, int]:
     """The numbers of groups and nodes that the policy shall respect: (1, 1) for global."""
-    require(
-        hierarchy in ("auto", "hierarchical", "global"),
-        "`rebalance(hierarchy=...)` must be 'auto', 'hierarchical' or 'global'",
-        f"hierarchy={hierarchy!r}",
-        "Check the spelling.",
-    )
-    require(
-        num_groups >= 1,
-        "`rebalance(num_groups=...)` must be >= 1",
-        f"num_groups={num_groups}",
-        "Use 1 for a router without groups.",
+    check_choice(hierarchy, ("auto", "hierarchical", "global"), "rebalance(hierarchy=...)")
+    num_groups = check_count(
+        num_groups, "rebalance(num_groups=...)", 1, 2**31 - 1, "Use 1 for a router without groups."
     )
     if hierarchy == "global" or (hierarchy == "auto" and num_groups % num_nodes):
         return 1, 1

@@ -1,0 +1,155 @@
+"""Every public function of `eplb_core` with good arguments, for the tests of hostile input."""
+
+from functools import partial
+
+import numpy as np
+
+import eplb_core
+from eplb_core import (
+    EplbError,
+    MovePlan,
+    Topology,
+    control,
+    costs,
+    elastic,
+    load,
+    plan_moves,
+    schedule_rounds,
+    simulate,
+)
+from eplb_core.control import ControlConfig, ModelConfig
+from eplb_core.elastic import survive
+from eplb_core.simulate import configuration, replay, sweep
+from tests.hostile import Argument, Call
+
+TOPOLOGY = Topology(ep_size=4, slots_per_rank=3, num_nodes=2)
+GROWN = Topology(ep_size=6, slots_per_rank=3, num_nodes=2)
+LOAD = np.arange(20).reshape(2, 10) % 7
+TRACE = np.stack([LOAD, LOAD[::-1], LOAD[:, ::-1]])
+OLD = eplb_core.round_robin(2, 10, TOPOLOGY)
+NEW = eplb_core.rebalance(LOAD, TOPOLOGY, policy="greedy")
+PLAN = plan_moves(OLD, NEW, TOPOLOGY)
+CONFIG = ControlConfig({"main": ModelConfig(TOPOLOGY, 10)}, interval=4, first=1)
+STATE = control.init(CONFIG, {"main": OLD})
+SEEN = control.observe(CONFIG, STATE, {"main": LOAD})
+DECISIONS = control.decide(CONFIG, SEEN)
+MOVING = control.adopt(CONFIG, SEEN, DECISIONS)
+ESTIMATOR = load.sliding_window(2)
+
+topology = Argument(TOPOLOGY, "topology")
+placed = Argument(OLD, "ids")
+target = Argument(NEW, "ids")
+tokens = Argument(LOAD, "load")
+of_more_experts = Argument(LOAD, "load", ("more columns",))  # those without a copy are served by nobody
+windows = Argument(TRACE, "load")
+plan = Argument(PLAN, "value")
+value = partial(Argument, kind="value")
+count = partial(Argument, kind="count")
+option = partial(Argument, kind="count", but=("None",))
+number = partial(Argument, kind="number")
+word = partial(Argument, kind="word")
+ANY_LAYERS = ("one more layer",)
+ONE_LAYER = ("1-d",)
+FUNCTIONS = ("lambda", "type")
+
+
+def of_placement(function, **more) -> Call:
+    """A function of a placement, a load and a topology."""
+    return Call(function, {"physical_to_logical": placed, "load": of_more_experts, "topology": topology} | more)
+
+
+def verify(**arguments) -> tuple:
+    """`verify_plan`, whose answer to a bad plan is violations."""
+    found = eplb_core.verify_plan(**arguments)
+    if found:
+        raise EplbError(str(found[0]))
+    return found
+
+
+def of_config(function, **more) -> Call:
+    """A function of the controller."""
+    return Call(function, {"config": value(CONFIG), "state": value(STATE)} | more)
+
+
+OPTIONS = {
+    "policy": word("incremental"),
+    "num_groups": count(1),
+    "hierarchy": word("auto"),
+    "previous": placed._replace(but=("None",)),
+    "tolerance": number(0.1, but=("None",)),
+    "max_moves": option(3),
+    "max_total_moves": option(4),
+    "cross_node_cost": number(2.0),
+    "risk": number(0.5),
+    "spread": word(None, but=("None",)),
+}
+GROUPS = {"max_extra_moves": option(1), "tolerance": number(0.1)}
+
+PLANNING = {
+    "Topology": Call(Topology, {"ep_size": count(4), "slots_per_rank": count(3), "num_nodes": count(2)}),
+    "Topology.from_experts": Call(
+        Topology.from_experts,
+        {"num_logical": count(10), "ep_size": count(4), "num_redundant": count(2), "num_nodes": count(2)},
+    ),
+    "apply_moves": Call(eplb_core.apply_moves, {"values": value(OLD), "plan": plan}),
+    "balancedness": of_placement(eplb_core.balancedness),
+    "check_placement": Call(
+        eplb_core.check_placement,
+        {"physical_to_logical": placed._replace(but=ANY_LAYERS), "topology": topology, "num_logical": option(10)},
+    ),
+    "derive_maps": Call(
+        eplb_core.derive_maps,
+        {
+            "physical_to_logical": placed._replace(but=(*ANY_LAYERS, *ONE_LAYER, "more columns", "fewer columns")),
+            "num_logical": count(10),
+            "max_replicas": option(4),
+        },
+    ),
+    "load_bound": Call(eplb_core.load_bound, {"load": tokens._replace(but=("fewer columns",)), "topology": topology}),
+    "model_balancedness": of_placement(eplb_core.model_balancedness),
+    "moved_experts": Call(eplb_core.moved_experts, {"old": placed, "new": target, "topology": topology}),
+    "plan_moves": Call(
+        eplb_core.plan_moves,
+        {
+            "old": placed,
+            "new": target,
+            "topology": topology,
+            "live_ranks": Argument([0, 1, 2, 3], "ranks", ("None",)),
+            "fan_out": word("node"),
+        },
+    ),
+    "preserve_slots": Call(eplb_core.preserve_slots, {"new": target, "old": placed, "topology": topology}),
+    "rank_load": of_placement(eplb_core.rank_load),
+    "rebalance": Call(eplb_core.rebalance, {"load": tokens, "topology": topology} | OPTIONS),
+    "round_robin": Call(
+        eplb_core.round_robin, {"num_layers": count(2), "num_logical": count(10), "topology": topology}
+    ),
+    "schedule_rounds": Call(
+        eplb_core.schedule_rounds,
+        {"plan": plan, "topology": topology, "layers": Argument([0, 1], "ranks", ("None",))},
+    ),
+    "verify_plan": Call(
+        verify,
+        {
+            "old": value(OLD),
+            "new": value(NEW),
+            "plan": plan,
+            "topology": topology,
+            "schedule": value(schedule_rounds(PLAN, TOPOLOGY), but=("None",)),
+            "live_ranks": Argument([0, 1, 2, 3], "ranks", ("None",)),
+        },
+    ),
+}
+
+LOADS = {
+    "last_value": Call(load.last_value, {}),
+    "sliding_window": Call(load.sliding_window, {"size": count(3)}),
+    "exponential_decay": Call(load.exponential_decay, {"half_life": number(2.0)}),
+    "trend_forecast": Call(load.trend_forecast, {"size": count(3), "horizon": count(2)}),
+    "logical_load": Call(
+        load.logical_load,
+        {"slot_counts": Argument(OLD, "load"), "physical_to_logical": placed, "num_logical": count(10)},
+    ),
+    "Estimator.init": Call(ESTIMATOR.init, {"num_layers": count(2), "num_logical": count(10)}),
+    "Estimator.update": Call(lambda load: ESTIMATOR.update(ESTIMATOR.init(2, 10), load), {"load": tokens}),
+}
