@@ -5,7 +5,6 @@ import operator
 import reprlib
 from collections.abc import Iterable, Sized
 from itertools import islice
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -100,7 +99,7 @@ def is_integer(x) -> bool:
     return _ops.namespace(x).isdtype(x.dtype, "integral")
 
 
-def check_kind(value: Any, kind: type | tuple[type, ...], name: str) -> None:
+def check_kind(value: Any, kind: Any, name: str) -> None:
     """Refuse what is not an instance of `kind`, before it fails somewhere deep."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     require(
@@ -115,7 +114,7 @@ def check_choice(value: Any, choices: tuple, name: str, advice: str = "Check the
     """Refuse what is not one of some words."""
     require(
         isinstance(value, str | None) and value in choices,
-        f"`{name}` must be one of {choices}",
+        f"`{name}` must be {' or '.join(map(repr, choices))}",
         f"{_last(name)}={shown(value)}",
         advice,
     )
@@ -141,7 +140,8 @@ def check_number(
     value: Any, name: str, least: int | float, most: int | float = math.inf, advice: str = "See its description."
 ) -> None:
     """Refuse what is not a finite real number in `least..most`."""
-    if isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most and value < math.inf:
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if real and least <= value <= most and value < math.inf:
         return
     rule = f"`{name}` must be a finite number " + (f"{least:g}..{most:g}" if most < math.inf else f">= {least:g}")
     raise EplbError(f"{rule}; got {_last(name)}={shown(value)}. {advice}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from eplb_core import _ops
 from eplb_core._checks import require
 
 _KINDS = "biuf"
@@ -30,7 +31,7 @@ def flatten(tree: Any, name: str) -> tuple[Any, dict[str, np.ndarray]]:
             return {key: visit(value, f"{path}.{key}") for key, value in part.items()}
         if isinstance(part, tuple | list):
             return [visit(value, f"{path}.{i}") for i, value in enumerate(part)]
-        array = np.asarray(part)
+        array = np.asarray(_ops.as_array(part))
         _check_numbers(array, path)
         arrays[f"{name}.{len(arrays)}"] = array
         return f"{name}.{len(arrays) - 1}"
@@ -73,6 +74,7 @@ def like(tree: Any, template: Any, name: str) -> Any:
         return type(template)(*values) if hasattr(template, "_fields") else type(template)(values)
     same = template is tree is None
     if isinstance(tree, np.ndarray) and not isinstance(template, tuple | list | Mapping | None):
+        _check_numbers(tree, name)
         wanted = np.asarray(template)
         same = wanted.shape == tree.shape and (wanted.dtype.kind == "f") == (tree.dtype.kind == "f")
     require(
@@ -99,4 +101,7 @@ def _describe(tree: Any) -> str:
         return f"a dict with the keys {list(tree)[:8]}"
     if isinstance(tree, tuple | list):
         return f"{len(tree)} parts"
-    return "nothing" if tree is None else f"{np.asarray(tree).dtype} of shape {np.shape(tree)}"
+    if tree is None:
+        return "nothing"
+    array = np.asarray(_ops.as_array(tree))
+    return f"{array.dtype} of shape {array.shape}"

@@ -1,13 +1,13 @@
 """What a change of placement costs in traffic and time, and what a window costs to serve."""
 
+import math
 from dataclasses import dataclass
-from numbers import Real as RealNumber
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Real
 
-from eplb_core._checks import check_indices, check_kind, check_number, require, shown
+from eplb_core._checks import check_indices, check_kind, check_number, require
 from eplb_core.moves import MovePlan, plan_moves
 from eplb_core.rounds import Schedule, schedule_rounds
 from eplb_core.topology import Topology, check_topology
@@ -34,12 +34,9 @@ class Links:
     def __post_init__(self):
         for name in ("within_node", "across_nodes"):
             value = getattr(self, name)
-            require(
-                isinstance(value, RealNumber) and not isinstance(value, bool) and value > 0,
-                f"`Links({name}=...)` must be > 0 bytes per second",
-                f"{name}={shown(value)}",
-                "Use infinity for a link that costs nothing.",
-            )
+            advice = "Bytes per second; use infinity for a link that costs nothing."
+            if not (isinstance(value, float) and value == math.inf):
+                check_number(value, f"Links({name}=...)", 1e-9, advice=advice)
         check_number(self.latency, "Links(latency=...)", 0, advice="Seconds; use 0 to count bytes only.")
 
 

@@ -13,12 +13,13 @@ from eplb_core.topology import Topology, check_topology
 class Violation(NamedTuple):
     """One broken rule. An empty tuple of violations means that a plan is sound.
 
-    kind: `"shape"` (also what is no plan, or no array of integers), `"range"`, `"coverage"` (the slot would not hold its expert), `"needless"` (a slot that does not
+    kind: `"shape"`, `"range"`, `"coverage"` (the slot would not hold its expert), `"needless"` (a slot that does not
         change is moved), `"liveness"` (a dead source), `"local"` (sent although the rank holds it), `"nearest"` (sent
         across nodes although the node holds it), `"shared"` (two messages of one expert to one rank), `"relay"`,
         `"pairing"` (a message missing, twice, unplanned, or between other ranks than its slots), `"round"` (a rank
         sends or receives twice in a round), `"order"` (rows not in the order both sides use) or `"overwrite"` (a
         relayed row is read before it has arrived).
+        What is no plan, or holds no integers, is a `"shape"`.
     layer, slot: where, or -1 if the rule is about the whole plan.
     detail: what was found.
     """

@@ -7,7 +7,6 @@ import numpy as np
 import eplb_core
 from eplb_core import (
     EplbError,
-    MovePlan,
     Topology,
     control,
     costs,
@@ -15,11 +14,9 @@ from eplb_core import (
     load,
     plan_moves,
     schedule_rounds,
-    simulate,
 )
 from eplb_core.control import ControlConfig, ModelConfig
 from eplb_core.elastic import survive
-from eplb_core.simulate import configuration, replay, sweep
 from tests.hostile import Argument, Call
 
 TOPOLOGY = Topology(ep_size=4, slots_per_rank=3, num_nodes=2)
@@ -152,4 +149,126 @@ LOADS = {
     ),
     "Estimator.init": Call(ESTIMATOR.init, {"num_layers": count(2), "num_logical": count(10)}),
     "Estimator.update": Call(lambda load: ESTIMATOR.update(ESTIMATOR.init(2, 10), load), {"load": tokens}),
+}
+
+CONTROL = {
+    "ModelConfig": Call(
+        ModelConfig,
+        {
+            "topology": topology,
+            "num_logical": count(10),
+            "planner": value(eplb_core.rebalance, but=FUNCTIONS),
+            "estimator": value(load.last_value()),
+            "costs": value(costs.Costs(), but=("None",)),
+        },
+    ),
+    "ControlConfig": Call(
+        ControlConfig,
+        {
+            "models": value(CONFIG.models),
+            "interval": count(4),
+            "first": option(1),
+            "threshold": number(0.9),
+            "hysteresis": number(0.1),
+            "min_gain": number(0.1),
+            "horizon": option(4),
+            "min_return": number(1.0),
+            "window": option(4),
+        },
+    ),
+    "init": Call(control.init, {"config": value(CONFIG), "placements": value({"main": OLD})}),
+    "init, one placement": Call(
+        lambda placement: control.init(CONFIG, {"main": placement}), {"placement": placed._replace(but=ANY_LAYERS)}
+    ),
+    "observe": of_config(
+        control.observe, loads=value({"main": LOAD}, but=("None",)), epochs=value({}, but=("None",)), steps=count(1)
+    ),
+    "observe, one load": Call(lambda load: control.observe(CONFIG, STATE, {"main": load}), {"load": tokens}),
+    "observe, one epoch": Call(
+        lambda load, epoch: control.observe(CONFIG, STATE, {"main": load}, epochs={"main": epoch}),
+        {"load": Argument(OLD, "load"), "epoch": count(0)},
+    ),
+    "decide": of_config(control.decide),
+    "decide, one plan": Call(
+        lambda plan: control.decide(
+            ControlConfig({"main": ModelConfig(TOPOLOGY, 10, planner=lambda *_, **__: plan)}),
+            SEEN._replace(next_step=0),
+        ),
+        {"plan": target},
+    ),
+    "due": Call(control.due, {"state": value(STATE)}),
+    "compare": Call(control.compare, {"old": placed, "new": target, "load": of_more_experts, "topology": topology}),
+    "adopt": Call(
+        control.adopt,
+        {"config": value(CONFIG), "state": value(SEEN), "decisions": value(DECISIONS), "step": option(1)},
+    ),
+    "adopt, one placement": Call(
+        lambda placement: control.adopt(CONFIG, SEEN, {"main": DECISIONS["main"]._replace(placement=placement)}),
+        {"placement": target._replace(but=("None",))},
+    ),
+    "commit": Call(
+        control.commit,
+        {
+            "config": value(CONFIG),
+            "state": value(MOVING),
+            "name": word("main"),
+            "layers": Argument([0, 1], "ranks", ("None",)),
+            "placement": target._replace(but=("None",)),
+        },
+    ),
+    "abandon": Call(control.abandon, {"config": value(CONFIG), "state": value(MOVING), "name": word("main")}),
+    "measure": of_config(control.measure, name=word("main"), seconds=number(1.0)),
+    "restore": of_config(control.restore, name=word("main"), load=value(SEEN.models["main"].load), epoch=count(0)),
+    "later": Call(control.later, {"config": value(CONFIG), "next_step": count(3), "step": count(5)}),
+    "placement_at": Call(control.placement_at, {"state": value(STATE.models["main"]), "epoch": count(0)}),
+}
+
+SIZES = {
+    "lose_ranks": of_placement(
+        elastic.lose_ranks, dead_ranks=Argument([1], "ranks"), slots_per_rank=option(4), **GROUPS
+    ),
+    "shrink": of_placement(elastic.shrink, leaving_ranks=Argument([1], "ranks"), slots_per_rank=option(4), **GROUPS),
+    "grow": of_placement(
+        elastic.grow,
+        new_topology=Argument(GROWN, "topology"),
+        joining_ranks=Argument([4, 5], "ranks", ("None",)),
+        **GROUPS,
+    ),
+    "survivable": Call(
+        survive.survivable, {"physical_to_logical": placed._replace(but=ANY_LAYERS), "topology": topology}
+    ),
+    "dry_run": of_placement(survive.dry_run, level=word("node")),
+    "Links": Call(
+        costs.Links,
+        {
+            "within_node": number(1e9, but=("infinite",)),
+            "across_nodes": number(1e9, but=("infinite",)),
+            "latency": number(0.0),
+        },
+    ),
+    "Costs": Call(
+        costs.Costs,
+        {
+            "bytes_per_expert": number(100),
+            "seconds_per_token": number(1e-6),
+            "scale": number(1.0),
+            "links": value(costs.Links()),
+            "overlapped": value(False),
+        },
+    ),
+    "migration_cost": Call(
+        costs.migration_cost,
+        {
+            "old": placed,
+            "new": target,
+            "topology": topology,
+            "costs": value(costs.Costs()),
+        },
+    ),
+    "migration_cost, a plan": Call(
+        partial(costs.migration_cost, OLD, NEW, TOPOLOGY, costs.Costs()), {"plan": plan._replace(but=("None",))}
+    ),
+    "transfer_matrix": Call(
+        costs.transfer_matrix, {"schedule": value(schedule_rounds(PLAN, TOPOLOGY)), "topology": topology}
+    ),
 }

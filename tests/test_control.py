@@ -219,7 +219,7 @@ def test_values_are_read_only_and_inputs_are_kept():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interval": 0}, r"interval=...\)` must be in 1"),
+        ({"interval": 0}, r"interval=...\)` must be an integer >= 1"),
         ({"first": 0}, "first"),
         ({"threshold": 1.5}, "threshold"),
         ({"threshold": float("nan")}, "threshold"),

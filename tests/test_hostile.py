@@ -1,13 +1,12 @@
 """Hostile arguments: each is refused by `EplbError` with a short message, and harmless forms make no difference."""
 
-import numpy as np
 import pytest
 
 from eplb_core import EplbError
-from tests.hostile import garbage, same
-from tests.hostile_core import LOADS, PLANNING
+from tests.hostile import garbage
+from tests.hostile_core import CONTROL, LOADS, PLANNING, SIZES
 
-CALLS = PLANNING | LOADS
+CALLS = PLANNING | LOADS | CONTROL | SIZES
 CASES = [(name, argument) for name, call in CALLS.items() for argument in call.arguments]
 
 

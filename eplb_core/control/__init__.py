@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Real
 
-from eplb_core import _tree
-from eplb_core._checks import EplbError, listing, require
+from eplb_core import _ops, _tree
+from eplb_core._checks import EplbError, check_count, check_indices, check_kind, require
 from eplb_core.control.config import ControlConfig, ModelConfig, check_range
 from eplb_core.control.decision import Decision, Reason, acts, compare, decide, due
 from eplb_core.control.state import (
@@ -68,11 +68,12 @@ def init(config: ControlConfig, placements: Mapping[str, Int[Any, "layers slots"
     Raises:
         EplbError: if models and placements differ in name, or a placement is malformed or lacks an expert.
     """
+    check_kind(config, ControlConfig, "init(config=...)")
+    check_kind(placements, Mapping, "init(placements=...)")
     _check_names("init(placements=...)", placements, config, exact=True)
     models = {}
     for name, model in config.models.items():
-        placement = np.array(placements[name], dtype=np.int32)
-        check_placement(placement, model.topology, model.num_logical)
+        placement = _checked_placement(placements[name], model)
         load = model.estimator.init(len(placement), model.num_logical)
         models[name] = ModelState(frozen(placement), None, 0, (), load, False, 1.0, None)
     return ControlState(0, config.first_step, models)
@@ -100,8 +101,11 @@ def observe(
     Raises:
         EplbError: if a load is malformed, a name is unknown, or an epoch is in the future or forgotten.
     """
-    check_range("steps", steps, 0, float("inf"), "steps", "observe")
-    loads, epochs = loads or {}, epochs or {}
+    _check_kinds("observe", config, state)
+    steps = check_count(steps, "observe(steps=...)")
+    loads, epochs = {} if loads is None else loads, {} if epochs is None else epochs
+    check_kind(loads, Mapping, "observe(loads=...)")
+    check_kind(epochs, Mapping, "observe(epochs=...)")
     _check_names("observe(loads=...)", loads, config)
     _check_names("observe(epochs=...)", epochs, config)
     models = dict(state.models)
@@ -131,6 +135,10 @@ def adopt(
     Raises:
         EplbError: if a placement is malformed or lacks an expert, or a rearrangement is under way.
     """
+    _check_kinds("adopt", config, state)
+    check_kind(decisions, Mapping, "adopt(decisions=...)")
+    for decision in decisions.values():
+        check_kind(decision, Decision, "adopt(decisions={...: decision})")
     _check_names("adopt(decisions=...)", decisions, config)
     models = dict(state.models)
     for name, decision in decisions.items():
@@ -174,15 +182,12 @@ def commit(
         EplbError: if nothing is under way, a layer does not exist, or the placement lacks an expert.
     """
     before, target = _moving(config, state, name, "commit")
-    layers = differing(before) if layers is None else tuple(int(layer) for layer in layers)
-    require(
-        all(0 <= layer < len(before.placement) for layer in layers),
-        f"`commit(layers=...)` must be layers 0..{len(before.placement) - 1}",
-        f"layers={listing(layers)}",
-        "Count layers as the placement does.",
-    )
-    held = target if placement is None else np.asarray(placement, dtype=np.int32)
-    check_placement(held, config.models[name].topology, config.models[name].num_logical)
+    if layers is None:
+        layers = differing(before)
+    else:
+        advice = "Count layers as the placement does."
+        layers = tuple(check_indices(layers, len(before.placement), "commit(layers=...)", "layers", advice).tolist())
+    held = target if placement is None else _checked_placement(placement, config.models[name], len(target))
     after = switch(before, layers, held[list(layers)]) if layers else before
     next_step = state.next_step
     if not differing(after):
@@ -211,6 +216,7 @@ def measure(config: ControlConfig, state: ControlState, name: str, seconds: floa
     Raises:
         EplbError: if `seconds` is negative or not finite.
     """
+    _check_kinds("measure", config, state, name)
     _check_names("measure(name=...)", (name,), config)
     check_range("seconds", seconds, 0, 1e9, "seconds", "measure")
     before = state.models[name]
@@ -237,11 +243,13 @@ def restore(config: ControlConfig, state: ControlState, name: str, load: Any, *,
     Raises:
         EplbError: if the load is not of this estimator and these sizes, or layers have moved already.
     """
+    _check_kinds("restore", config, state, name)
+    epoch = check_count(epoch, "restore(epoch=...)")
     _check_names("restore(name=...)", (name,), config)
     before = state.models[name]
     require(
-        before.epoch == 0 and before.target is None and epoch >= 0,
-        "`restore` must come before the first commit, with an epoch >= 0",
+        before.epoch == 0 and before.target is None,
+        "`restore` must come before the first commit",
         f"epoch {before.epoch} of {name!r}, epoch={epoch}",
         "Call it after init.",
     )
@@ -256,6 +264,8 @@ def later(config: ControlConfig, next_step: int, step: int) -> int:
     >>> later(ControlConfig({"main": ModelConfig(Topology(1, 1), 1)}, interval=10), next_step=25, step=47)
     55
     """
+    check_kind(config, ControlConfig, "later(config=...)")
+    next_step, step = check_count(next_step, "later(next_step=...)"), check_count(step, "later(step=...)")
     return next_step + max((step - next_step) // config.interval + 1, 0) * config.interval
 
 
@@ -266,13 +276,13 @@ def _with_target(model: ModelConfig, state: ModelState, decision: Decision) -> M
         "a target that is not committed yet",
         "Commit its layers, or abandon it.",
     )
-    target = np.array(decision.placement, dtype=np.int32)
-    check_placement(target, model.topology, model.num_logical)
+    target = _checked_placement(decision.placement, model, len(state.placement))
     after = state._replace(target=frozen(target), expected_seconds=decision.cost_seconds)
     return after if differing(after) else state
 
 
 def _moving(config: ControlConfig, state: ControlState, name: str, verb: str) -> tuple[ModelState, np.ndarray]:
+    _check_kinds(verb, config, state, name)
     _check_names(f"{verb}(name=...)", (name,), config)
     model = state.models[name]
     if model.target is None:
@@ -283,11 +293,30 @@ def _moving(config: ControlConfig, state: ControlState, name: str, verb: str) ->
     return model, model.target
 
 
+def _checked_placement(placement: Any, model: ModelConfig, num_layers: int | None = None) -> np.ndarray:
+    """A copy as int32 of a placement in which every expert has a slot."""
+    ids = np.asarray(_ops.as_array(placement))
+    check_placement(ids, model.topology, model.num_logical)
+    require(
+        num_layers in (None, len(ids)),
+        "a placement must have the layers of the one before",
+        f"{len(ids)} layers, {num_layers} before",
+        "Pass a placement of the same model.",
+    )
+    return np.array(ids, dtype=np.int32)
+
+
+def _check_kinds(where: str, config: Any, state: Any, name: Any = "") -> None:
+    check_kind(config, ControlConfig, f"{where}(config=...)")
+    check_kind(state, ControlState, f"{where}(state=...)")
+    check_kind(name, str, f"{where}(name=...)")
+
+
 def _check_names(where: str, names: Iterable[str], config: ControlConfig, *, exact: bool = False) -> None:
     given, known = set(names), set(config.models)
     require(
         given == known if exact else given <= known,
         f"`{where}` must name {'exactly ' if exact else ''}the configured models",
-        f"{sorted(given)}, configured {sorted(known)}",
+        f"{sorted(map(str, given))}, configured {sorted(known)}",
         "Use the names of ControlConfig.models.",
     )

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eplb_core._checks import require
+from eplb_core._checks import MOST_EXPERTS, check_count, check_kind, check_number, require
 from eplb_core.costs import Costs
 from eplb_core.load import Estimator, last_value
 from eplb_core.policies import rebalance
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,9 @@ class ModelConfig:
             engine's own.
         estimator: what to expect from the windows seen.
         costs: prices of serving and moving; without them moves are free and `ControlConfig.min_return` does nothing.
+
+    Raises:
+        EplbError: if an argument is of another kind.
     """
 
     topology: Topology
@@ -29,6 +32,13 @@ class ModelConfig:
     planner: Callable[..., Any] = rebalance
     estimator: Estimator = last_value()
     costs: Costs | None = None
+
+    def __post_init__(self):
+        check_topology(self.topology, "ModelConfig")
+        check_count(self.num_logical, "ModelConfig(num_logical=...)", 1, MOST_EXPERTS)
+        check_kind(self.planner, Callable, "ModelConfig(planner=...)")
+        check_kind(self.estimator, Estimator, "ModelConfig(estimator=...)")
+        check_kind(self.costs, (Costs, type(None)), "ModelConfig(costs=...)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +75,15 @@ class ControlConfig:
     window: int | None = None
 
     def __post_init__(self):
+        check_kind(self.models, Mapping, "ControlConfig(models=...)")
+        for name, model in self.models.items():
+            check_kind(name, str, "ControlConfig(models={name: ...})")
+            check_kind(model, ModelConfig, "ControlConfig(models={...: model})")
         require(len(self.models) >= 1, "`ControlConfig(models=...)` must name a model", "none", "Name one, say 'main'.")
-        for name, value in (
-            ("interval", self.interval),
-            ("first", self.first_step),
-            ("horizon", self.horizon_steps),
-            ("window", self.window_steps),
-        ):
-            check_range(name, value, 1, float("inf"), "steps")
+        check_count(self.interval, "ControlConfig(interval=...)", 1, advice="It counts steps.")
+        for name, value in (("first", self.first), ("horizon", self.horizon), ("window", self.window)):
+            if value is not None:
+                check_count(value, f"ControlConfig({name}=...)", 1, advice="It counts steps.")
         check_range("threshold", self.threshold, 0, 1, "balancedness")
         check_range("hysteresis", self.hysteresis, 0, self.threshold, "balancedness")
         check_range("min_gain", self.min_gain, 0, 1, "of the busiest ranks' load")
@@ -97,10 +108,5 @@ class ControlConfig:
 def check_range(
     name: str, value: int | float, least: int | float, most: int | float, unit: str, where: str = "ControlConfig"
 ) -> None:
-    """Refuse a figure outside `least..most`, NaN included."""
-    require(
-        least <= value <= most,
-        f"`{where}({name}=...)` must be in {least:g}..{most:g}",
-        f"{name}={value}",
-        f"It counts {unit}.",
-    )
+    """Refuse a figure outside `least..most`, NaN and infinity included."""
+    check_number(value, f"{where}({name}=...)", least, most, f"It counts {unit}.")

@@ -7,12 +7,14 @@ import numpy as np
 from jaxtyping import Float, Int, Real
 
 from eplb_core import _ops
+from eplb_core._checks import check_kind
 from eplb_core.control.config import ControlConfig, ModelConfig
 from eplb_core.control.state import ControlState, ModelState, frozen
 from eplb_core.costs import Costs, migration_cost
 from eplb_core.maps import count_replicas
 from eplb_core.metrics import model_balancedness, moved_experts, rank_load
 from eplb_core.moves import MovePlan, plan_moves
+from eplb_core.placement import check_placement
 from eplb_core.topology import Topology
 
 
@@ -128,6 +130,7 @@ def worth_their_share(saved: Float[Any, " layers"], moved: Int[Any, " layers"], 
 
 def due(state: ControlState) -> bool:
     """Whether the interval is over and no rearrangement is under way."""
+    check_kind(state, ControlState, "due(state=...)")
     return state.step >= state.next_step and all(model.target is None for model in state.models.values())
 
 
@@ -142,8 +145,9 @@ def decide(config: ControlConfig, state: ControlState) -> dict[str, Decision]:
         A `Decision` for each model; all `NOT_DUE` where `due` is false.
 
     Raises:
-        EplbError: if the planner refuses.
+        EplbError: if the planner refuses, or what it returns is no placement of every expert.
     """
+    check_kind(config, ControlConfig, "decide(config=...)")
     if not due(state):
         return dict.fromkeys(config.models, Decision(Reason.NOT_DUE))
     return {name: _decide_model(config, model, state.models[name]) for name, model in config.models.items()}
@@ -161,7 +165,9 @@ def _decide_model(config: ControlConfig, model: ModelConfig, state: ModelState) 
     lost = bool((count_replicas(state.placement, model.num_logical) == 0).any())
     if not lost and not acts(config, state, held):
         return balanced
-    target = np.asarray(model.planner(load, model.topology, previous=state.placement), dtype=np.int32)
+    target = np.asarray(_ops.as_array(model.planner(load, model.topology, previous=state.placement)))
+    check_placement(target, model.topology, model.num_logical)
+    target = target.astype(np.int32)
     if np.array_equal(target, state.placement):
         return balanced
     decision, both = _weigh(config, model, state, load, target, allow_lost=lost)

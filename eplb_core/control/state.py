@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from eplb_core._checks import require
+from eplb_core._checks import check_count, check_kind, require
 
 HISTORY = 1024
 """Switched layers that are remembered, to credit counts that arrive late."""
@@ -66,6 +66,8 @@ def placement_at(state: ModelState, epoch: int) -> Int[np.ndarray, "layers slots
     Raises:
         EplbError: if the epoch has not begun, or lies more than `HISTORY` switched layers back.
     """
+    check_kind(state, ModelState, "placement_at(state=...)")
+    epoch = check_count(epoch, "placement_at(epoch=...)")
     first = state.changes[0].epoch - 1 if state.changes else state.epoch
     require(
         first <= epoch <= state.epoch,

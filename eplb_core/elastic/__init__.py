@@ -11,14 +11,25 @@ import numpy as np
 from jaxtyping import Int, Real
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, check_ids, check_load, listing, require
+from eplb_core._checks import (
+    EMPTY,
+    check_count,
+    check_ids,
+    check_indices,
+    check_kind,
+    check_load,
+    check_number,
+    check_room,
+    listing,
+    require,
+)
 from eplb_core.elastic.lighten import lighten
 from eplb_core.elastic.plan import ElasticPlan
 from eplb_core.elastic.rehost import rehost
 from eplb_core.maps import check_range
 from eplb_core.metrics import moved_experts
 from eplb_core.placement import preserve_slots
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 EXTRA = 0.1  # transfers for balance, as a share of those that must be made anyway
 TOLERANCE = 0.01  # imbalance that is never worth a transfer
@@ -158,6 +169,7 @@ def grow(
 
 def _place(kept, load, topology: Topology, fill, max_extra_moves, tolerance: float):
     """`[layers, slots]` of `topology` with what is kept in place, and the experts without a slot."""
+    check_room("elastic", *load.shape, topology.ep_size)
     load, old = load.astype(float), _flat(kept)
     placed = np.stack([rehost(*layer, fill) for layer in zip(kept, load, strict=True)])
     if max_extra_moves is None:
@@ -193,6 +205,7 @@ def _flat(by_rank):
 
 def _checked(physical_to_logical, load, topology: Topology, name: str):
     """The placement as int32, and the load summed over windows."""
+    check_topology(topology, name)
     held, load = np.asarray(_ops.as_array(physical_to_logical)), np.asarray(_ops.as_array(load))
     check_ids(held, topology.num_slots, f"{name}(physical_to_logical=...)")
     check_load(load, f"{name}(load=...)")
@@ -209,21 +222,10 @@ def _checked(physical_to_logical, load, topology: Topology, name: str):
 
 def _checked_ranks(ranks, topology: Topology, name: str):
     """`[ep_size]` bool: the ranks named."""
-    ids = np.asarray(ranks)
-    require(
-        ids.ndim == 1 and (ids.size == 0 or ids.dtype.kind in "iu"),
-        f"`{name}` must be a list of rank ids",
-        f"{ranks!r}",
-        "List each rank by its ep_rank.",
-    )
-    ids = ids.astype(np.int64)
-    bad = sorted({int(rank) for rank in ids if not 0 <= rank < topology.ep_size or (ids == rank).sum() > 1})
-    require(
-        not bad,
-        f"`{name}` must be different ranks, 0..{topology.ep_size - 1}",
-        f"ranks {listing(bad)}, out of range or named twice",
-        "List each rank once, by its ep_rank.",
-    )
+    advice = "List each rank once, by its ep_rank."
+    ids = check_indices(ranks, topology.ep_size, name, "different ranks,", advice)
+    twice = np.flatnonzero(np.bincount(ids, minlength=1) > 1).tolist()
+    require(not twice, f"`{name}` must be different ranks", f"ranks {listing(twice)} twice", advice)
     require(
         ids.size < topology.ep_size,
         f"`{name}` must leave a rank",
@@ -236,6 +238,7 @@ def _checked_ranks(ranks, topology: Topology, name: str):
 def _checked_slots(slots_per_rank: int | None, topology: Topology, name: str) -> int:
     if slots_per_rank is None:
         return topology.slots_per_rank
+    slots_per_rank = check_count(slots_per_rank, f"{name}(slots_per_rank=...)", 1, 2**16)
     require(
         slots_per_rank >= topology.slots_per_rank,
         f"`{name}(slots_per_rank=...)` must be at least the present number",
@@ -247,6 +250,7 @@ def _checked_slots(slots_per_rank: int | None, topology: Topology, name: str) ->
 
 def _checked_growth(topology: Topology, new_topology: Topology, joining_ranks):
     """`[new ep_size]` bool: the ranks that join."""
+    check_kind(new_topology, Topology, "grow(new_topology=...)")
     require(
         new_topology.ep_size >= topology.ep_size and new_topology.slots_per_rank >= topology.slots_per_rank,
         "`grow(new_topology=...)` must have at least the ranks, and the slots per rank, of topology",
@@ -266,15 +270,7 @@ def _checked_growth(topology: Topology, new_topology: Topology, joining_ranks):
 
 
 def _check_options(max_extra_moves: int | None, tolerance: float) -> None:
-    require(
-        max_extra_moves is None or max_extra_moves >= 0,
-        "`max_extra_moves` must be None or >= 0",
-        f"max_extra_moves={max_extra_moves}",
-        "Use 0 for none, None for a tenth of the moves that must be made.",
-    )
-    require(
-        0 <= tolerance < float("inf"),
-        "`tolerance` must be finite and >= 0",
-        f"tolerance={tolerance}",
-        "Use 0.01 for one percent.",
-    )
+    if max_extra_moves is not None:
+        advice = "Use 0 for none, None for a tenth of the moves that must be made."
+        check_count(max_extra_moves, "max_extra_moves", 0, 2**30, advice)
+    check_number(tolerance, "tolerance", 0, advice="Use 0.01 for one percent.")

@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Int, Real
 
 from eplb_core import _ops
-from eplb_core._checks import check_ids, require
+from eplb_core._checks import check_choice, check_ids, check_room, require
 from eplb_core.elastic import lose_ranks
 from eplb_core.metrics import model_balancedness
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 
 class Survival(NamedTuple):
@@ -70,8 +70,10 @@ def survivable(physical_to_logical: Int[Any, "layers slots"], topology: Topology
     >>> survival.ranks, survival.lost_with_rank
     ((0, 1), ((), (), ((0, 2),)))
     """
+    check_topology(topology, "survivable")
     held = np.asarray(_ops.as_array(physical_to_logical))
     check_ids(held, topology.num_slots, "survivable(physical_to_logical=...)")
+    check_room("survivable", len(held), topology.ep_size, int(held.max()) + 2)
     return Survival(*(_sole_holder(held, places) for places in (topology.ep_size, topology.num_nodes)))
 
 
@@ -112,12 +114,8 @@ def dry_run(
     >>> loss.lost, loss.lost_tokens, loss.num_moves, loss.balancedness
     (((0, 2),), 0.2, 1, 0.83...)
     """
-    require(
-        level in ("rank", "node"),
-        "`dry_run(level=...)` must be 'rank' or 'node'",
-        f"level={level!r}",
-        "Check the spelling.",
-    )
+    check_choice(level, ("rank", "node"), "dry_run(level=...)")
+    check_topology(topology, "dry_run")
     num_places = topology.ep_size if level == "rank" else topology.num_nodes
     require(
         num_places > 1,
