@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from eplb_core import _ops
 from eplb_core._checks import EMPTY
 from eplb_core.moves.candidates import Jobs
+from eplb_core.moves.together import shift_together
 from eplb_core.topology import Topology
 
 
@@ -91,6 +92,8 @@ def relieve_together(
     if not _ops.is_traced(total) and not bool(xp.any(total > enough)):
         return sender
     possible = _possible(holders, jobs, xp.arange(sender.shape[0]), topology)
+    if _ops.is_numpy(xp):
+        return shift_together(sender, possible, in_layers(row), most, int(enough))
     return xp.reshape(_shift_until(enough, row, in_all, can_take), sender.shape)
 
 
