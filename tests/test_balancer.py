@@ -580,3 +580,33 @@ def test_loads_and_groups_that_do_not_fit_are_refused():
     hot[:, 0] = 1000
     with pytest.raises(EplbError, match="maps have room for"):
         planner(hot, TOPOLOGY, previous=None)
+
+
+def test_a_renewed_balancer_goes_on_and_leaves_no_threads_behind():
+    """Renewed as after a change of the group, which may happen thousands of times."""
+
+    def run(transport, log_transport):
+        model = live_model(0, topology=ALONE)
+        config = FAST | {"use_async": True, "log_balancedness": True, "log_balancedness_interval": 4}
+        balancer, counts = ExpertBalancer(model, transport, config, log_transport=log_transport), []
+        for _ in range(4):
+            for step in range(10):
+                balancer.step(skewed(0, step))
+            balancer.drain()
+            assert balancer.decisions
+            balancer = balancer.renewed(transport, log_transport=log_transport)
+            assert not balancer.decisions
+            deadline = time.monotonic() + 5.0
+            while (names := own_threads()) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            counts.append(names)
+        balancer.close()
+        return counts
+
+    def own_threads():
+        return [t.name for t in threading.enumerate() if t.name in ("eplb-planning", "eplb-balancedness")]
+
+    first, second = InProcessWorld(1), InProcessWorld(1)
+    log_transports = second.run(lambda transport: transport, timeout=10.0)
+    (counts,) = first.run(lambda transport: run(transport, log_transports[0]), timeout=60.0)
+    assert counts == [[]] * 4

@@ -1,6 +1,5 @@
 """The one stateful object that a serving loop holds."""
 
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,24 +8,22 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Real
-from torch import Tensor
 
 from eplb_core import control
 from eplb_core._checks import require
 from eplb_core.control import ControlState, Decision, ModelConfig
 from eplb_core.snapshot import Snapshot
+from eplb_torch.balancer.account import Account, row_bytes
 from eplb_torch.balancer.balancedness_log import BalancednessLog
 from eplb_torch.balancer.config import BalancerConfig
 from eplb_torch.balancer.mover import Mover, Moves, Progress
 from eplb_torch.balancer.planning import LimitedPlanner, Outcome, PlanningError, plan_together
-from eplb_torch.balancer.tally import Tally
+from eplb_torch.balancer.tallies import Tallies, Tokens
 from eplb_torch.live_model import ServedModel
 from eplb_torch.metrics import Metrics, NoMetrics
 from eplb_torch.report import RearrangeError
 from eplb_torch.transport import Transport, TransportError
 from eplb_torch.worker import Job, Worker
-
-logger = logging.getLogger(__name__)
 
 Committed = Mapping[str, tuple[int, ...]]
 """Layers that have switched to new rows of their placement, by model."""
@@ -78,17 +75,16 @@ class ExpertBalancer:
     ):
         self.models: dict[str, ServedModel] = dict(models) if isinstance(models, Mapping) else {"main": models}
         self.config = config if isinstance(config, BalancerConfig) else BalancerConfig.from_dict(config or {})
-        self._transport, self._metrics = transport, NoMetrics() if metrics is None else metrics
+        self._transport = transport
+        self._account = Account(NoMetrics() if metrics is None else metrics, transport.rank)
         self._control = self.config.control({name: self._configure(name, m) for name, m in self.models.items()})
         self._state = control.init(self._control, {name: model.placement for name, model in self.models.items()})
-        self._tallies = {name: Tally(model) for name, model in self.models.items()}
         self._mover = Mover(self.models, transport, self.config)
         self._worker = Worker("eplb-planning")
         self._job: Job | None = None
         self._count, self._next_step = 0, self._state.next_step
-        self._move_seconds: dict[str, float] = {}
-        self._received: dict[str, tuple[int, int]] = {}
         self._log = self._make_log(log_transport) if self.config.log_balancedness else None
+        self._tallies = Tallies(self.models, *([] if self._log is None else [self._log.tallies]))
         self.decisions: dict[str, Decision] = {}
         self.failure: Exception | None = None
 
@@ -111,9 +107,9 @@ class ExpertBalancer:
 
     def step(
         self,
-        load: Tensor | Mapping[str, Tensor] | None = None,
+        load: Tokens = None,
         *,
-        slot_load: Tensor | Mapping[str, Tensor] | None = None,
+        slot_load: Tokens = None,
     ) -> Committed:
         """Mark the boundary after a forward. Returns at once where nothing is to be done.
 
@@ -137,7 +133,7 @@ class ExpertBalancer:
         if self.failure is not None:
             return _NOTHING
         if (load is not None or slot_load is not None) and self.recording:
-            self._record(load, slot_load)
+            self._tallies.add(load, slot_load)
         self._count += 1
         try:
             return self._advance()
@@ -177,9 +173,7 @@ class ExpertBalancer:
             self._job = None  # a decision alone has moved nothing
             self._mover.halt()
             self.failure = TransportError("the balancer was halted")
-        self._worker.stop()
-        if self._log is not None:
-            self._log.forget()
+        self._stop_threads()
 
     def held_back(self, name: str = "main") -> Int[np.ndarray, "layers slots"] | None:
         """After `halt`, the placement that all ranks had confirmed and this one has not committed; None without one.
@@ -198,6 +192,8 @@ class ExpertBalancer:
     def renewed(self, transport: Transport, *, log_transport: Transport | None = None) -> "ExpertBalancer":
         """Go on in another group, with models that are part of it by now. Every rank calls it at the same boundary.
 
+        The threads of this one end.
+
         The first decision comes after a quarter of the interval, from load that is counted from now on.
 
         Args:
@@ -206,7 +202,9 @@ class ExpertBalancer:
         Raises:
             EplbError: if models and transport do not fit each other.
         """
-        return ExpertBalancer(self.models, transport, self.config, log_transport=log_transport, metrics=self._metrics)
+        self._stop_threads()
+        metrics = self._account.metrics
+        return ExpertBalancer(self.models, transport, self.config, log_transport=log_transport, metrics=metrics)
 
     def forecast(self, name: str = "main") -> Real[np.ndarray, "layers logical"]:
         """What the next decision would plan a model for, were it made from the decisions' load so far; zeros before."""
@@ -247,6 +245,11 @@ class ExpertBalancer:
             if self._log is not None:
                 self._log.stop()
 
+    def _stop_threads(self) -> None:
+        self._worker.stop()
+        if self._log is not None:
+            self._log.forget()
+
     def _settle(self) -> None:
         """Wait for the decision under way, stop the moves under way, and give up what is left of the target."""
         if self._job is not None:
@@ -262,7 +265,7 @@ class ExpertBalancer:
             f"size={self._transport.size}, ep_size={model.topology.ep_size} of {name!r}",
             "Pass a transport on the expert-parallel group.",
         )
-        config = self.config.model(model.topology, model.num_logical, _row_bytes(model))
+        config = self.config.model(model.topology, model.num_logical, row_bytes(model))
         return replace(config, planner=LimitedPlanner(config.planner, model.maps.max_replicas))
 
     def _make_log(self, transport: Transport | None) -> BalancednessLog:
@@ -272,30 +275,7 @@ class ExpertBalancer:
             "None",
             "Build a second transport on a process group of its own, or set use_async=False.",
         )
-        return BalancednessLog(self.models, transport or self._transport, self.config, self._metrics)
-
-    def _record(self, load, slot_load) -> None:
-        for given, verb in ((load, Tally.add), (slot_load, Tally.add_slots)):
-            for name, tokens in self._by_name(given).items():
-                for tallies in self._tally_groups():
-                    verb(tallies[name], tokens)
-
-    def _tally_groups(self) -> list[dict[str, Tally]]:
-        return [self._tallies] if self._log is None else [self._tallies, self._log.tallies]
-
-    def _by_name(self, load: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-        if load is None:
-            return {}
-        if isinstance(load, Tensor) and len(self.models) == 1:
-            return {name: load for name in self.models}
-        require(
-            isinstance(load, Mapping) and set(load) <= set(self.models),
-            f"`ExpertBalancer.step(load=...)` must be a dict with names of {list(self.models)}",
-            f"{sorted(load) if isinstance(load, Mapping) else type(load).__name__}",
-            "A bare tensor will do where there is only one model.",
-        )
-        assert isinstance(load, Mapping)
-        return load
+        return BalancednessLog(self.models, transport or self._transport, self.config, self._account.metrics)
 
     def _advance(self) -> Committed:
         if self._log is not None:
@@ -313,8 +293,7 @@ class ExpertBalancer:
         """Decide together with all ranks: on the worker, or here and now."""
         state = self._state = self.state
         self._next_step += self.config.step_interval
-        loads = {name: tally.take() for name, tally in self._tallies.items()}
-        seconds, self._move_seconds = self._move_seconds, {}
+        loads, seconds = self._tallies.take(), self._account.take_move_seconds()
 
         def decide() -> Outcome:
             return plan_together(self._transport, self._control, state, loads, seconds, self.config.timeout)
@@ -332,14 +311,8 @@ class ExpertBalancer:
         state = control.observe(self._control, outcome.state, steps=self._count - outcome.state.step)
         self._state = control.adopt(self._control, state, outcome.decisions, step=outcome.step)
         self._next_step = self._state.next_step
-        self.decisions, self._received = outcome.decisions, outcome.received
-        for name, decision in outcome.decisions.items():
-            self._metrics.count_decision(name, decision.reason.value)
-            self._metrics.observe_seconds(name, "planning", outcome.seconds)
-            if decision.balancedness is not None:
-                self._metrics.observe_balancedness(name, decision.balancedness, decision.predicted_balancedness)
-            if self._transport.rank == 0:
-                logger.info("step %d, %s: %s", self._count, name, decision.in_words())
+        self.decisions = outcome.decisions
+        self._account.decided(outcome, self._count)
         models = self._state.models
         return [
             Moves(name, plan, models[name].placement, target, models[name].epoch)
@@ -352,25 +325,16 @@ class ExpertBalancer:
         name, start, before = progress.name, time.perf_counter(), self._state.models[progress.name].placement
         layers = tuple(np.flatnonzero((progress.placement != before).any(axis=1)).tolist())
         if layers:
-            for tallies in self._tally_groups():
-                tallies[name].settle()
+            self._tallies.settle(name)
             for layer in layers:
                 self.models[name].commit(progress.placement[layer], layer=layer)
             self._state = control.commit(self._control, self.state, name, layers, placement=progress.placement)
             self._next_step = self._state.next_step
-            self._metrics.observe_seconds(name, "commit", time.perf_counter() - start)
-            self._metrics.set_epoch(name, self._state.models[name].epoch)
-        if progress.waited:
-            self._metrics.observe_stall(progress.waited)
+            self._account.switched(name, self._state.models[name].epoch, time.perf_counter() - start)
+        self._account.waited(progress.waited)
         if progress.seconds is not None:
-            self._finish(name, progress.seconds)
+            self._account.moved(name, self.models[name], progress.seconds)
         return {name: layers} if layers else _NOTHING
-
-    def _finish(self, name: str, seconds: float) -> None:
-        self._move_seconds[name] = seconds
-        self._metrics.observe_seconds(name, "prepare", seconds)
-        (within, across), row_bytes = self._received[name], _row_bytes(self.models[name])
-        self._metrics.count_moves(name, within + across, within * row_bytes, across * row_bytes)
 
     def _give_up(self, error: Exception) -> None:
         """After a failure: what is committed stays, the rest is dropped."""
@@ -380,13 +344,10 @@ class ExpertBalancer:
             step = error.step if isinstance(error, PlanningError) else 0
             self._next_step = control.later(self._control, self._next_step, step)
             self._state = self._state._replace(next_step=self._next_step)
-        for name in self.models:
-            self._metrics.count_decision(name, "failed")
         if not isinstance(error, PlanningError) and not (isinstance(error, RearrangeError) and _may_go_on(error)):
             self.failure = error
             self._worker.stop()
-        outcome = "ended" if self.failure is not None else "failed, and will be tried again"
-        logger.error("rank %d: balancing %s: %s", self._transport.rank, outcome, error)
+        self._account.failed(self.models, error, ended=self.failure is not None)
 
     def _abandon_targets(self) -> bool:
         moving = [name for name, model in self._state.models.items() if model.target is not None]
@@ -398,8 +359,3 @@ class ExpertBalancer:
 
 def _may_go_on(error: RearrangeError) -> bool:
     return not error.lost_ranks and error.agreed
-
-
-def _row_bytes(model: ServedModel) -> int:
-    """Bytes of an expert in the layer where it has most."""
-    return max(model.weights.row_bytes(layer) for layer in range(model.weights.num_layers))
