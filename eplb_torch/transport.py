@@ -3,7 +3,10 @@
 import queue
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -16,8 +19,10 @@ from eplb_core._checks import EplbError, require
 Message = tuple[int, Tensor]
 """A peer's rank and a contiguous uint8 tensor to send to it or to receive from it."""
 
-_TAGS_PER_EPOCH = 4096
+_TAGS_PER_EPOCH = 4096  # half of them for exchanges, half for gathers
 _LOOK_AGAIN_SECONDS = 0.2
+# Where a wait on Gloo runs out of time, and be it that of the group, Gloo closes all connections of the group.
+_FOREVER = timedelta(days=365)
 
 
 class TransportError(RuntimeError):
@@ -75,8 +80,8 @@ class ProcessGroupTransport:
     time, as under `Rearrangement`.
 
     On Gloo nothing here closes a connection: a wait that ran out of time is left to a daemon thread, as Gloo
-    answers a timeout of its own by closing *all* connections of the process, to healthy peers as well. Gloo's own
-    timeout, that of the group, must therefore be longer than those given here.
+    answers a timeout of its own by closing *all* connections of the process, to healthy peers as well. The thread,
+    and the buffer, stay until the message comes or the group is broken.
 
     On NCCL, which knows neither tags nor timeouts of single messages, messages match by order alone, all ranks join
     one collective before the first message, and small payloads travel over a Gloo group beside it. After a
@@ -169,7 +174,11 @@ class ProcessGroupTransport:
 
     def _post(self, verb: Callable, tensor: Tensor, peer: int):
         """Start one message; a connection that is broken already is a result like any other."""
-        tag = self._gathers % 2**18 * _TAGS_PER_EPOCH + self._exchanges % _TAGS_PER_EPOCH
+        half = _TAGS_PER_EPOCH // 2
+        # Gloo ends the process where a message has another length than is waited for: a payload of another length,
+        # from a rank that is elsewhere in its program after a failure, is for nobody.
+        step = self._exchanges % half if self._exchanges else half + tensor.numel() % half
+        tag = self._gathers % 2**18 * _TAGS_PER_EPOCH + step
         try:
             return verb([tensor], peer, tag)
         except RuntimeError as error:
@@ -199,50 +208,59 @@ class ProcessGroupTransport:
 
 
 class _Waiter:
-    """Waits for works of Gloo on a daemon thread, which is left alone if they take too long."""
+    """Waits for works of Gloo on a daemon thread, which is left alone if they take too long.
+
+    The thread ends with this object; one that was left alone ends with the work it waits for, or with the group.
+    """
 
     def __init__(self):
         self._jobs: queue.SimpleQueue | None = None
+        self._stop: weakref.finalize | None = None
 
     def finish(self, works: list, deadline: float) -> list:
         """Wait for all works. Returns for each True, the error it ended with, or None if it is not done by then."""
         results: list = [work if isinstance(work, RuntimeError) else None for work in works]
+        left = deque(i for i, result in enumerate(results) if result is None)
         if self._jobs is None:
             self._jobs = queue.SimpleQueue()
+            self._stop = weakref.finalize(self, self._jobs.put, None)
             threading.Thread(target=_serve, args=(self._jobs,), daemon=True, name="eplb-wait").start()
         done = threading.Event()
-        self._jobs.put((works, results, range(len(works)), done))
+        self._jobs.put((works, results, left, done))
         if not done.wait(max(deadline - time.monotonic(), 0.0)):
-            self._jobs = None
-            self._look_at_each(works, results)
+            assert self._stop is not None
+            self._stop()
+            self._jobs = self._stop = None
+            self._look_at_each(works, results, left)
         return list(results)
 
     @staticmethod
-    def _look_at_each(works: list, results: list) -> None:
+    def _look_at_each(works: list, results: list, left: deque[int]) -> None:
         """The first work that is late hides those behind it."""
-        late = [i for i, result in enumerate(results) if result is None]
-        for i in late:
+        for _ in range(len(left)):
             jobs = queue.SimpleQueue()
-            jobs.put((works, results, [i], threading.Event()))
+            jobs.put((works, results, left, threading.Event()))
             jobs.put(None)
             threading.Thread(target=_serve, args=(jobs,), daemon=True, name="eplb-wait").start()
         look_until = time.monotonic() + _LOOK_AGAIN_SECONDS
-        while any(results[i] is None for i in late) and time.monotonic() < look_until:
+        while any(result is None for result in results) and time.monotonic() < look_until:
             time.sleep(0.005)
 
 
 def _serve(jobs: queue.SimpleQueue) -> None:
     while (job := jobs.get()) is not None:
-        works, results, which, done = job
-        for i in which:
-            if results[i] is None:
+        works, results, left, done = job
+        # Each work is for one thread: the end of a message wakes one, and another would wait for it in vain.
+        with suppress(IndexError):
+            while True:
+                i = left.popleft()
                 try:
-                    works[i].wait()
+                    works[i].wait(_FOREVER)
                     results[i] = True
                 except RuntimeError as error:
                     results[i] = error
         done.set()
-        del job, works, results, done
+        del job, works, results, left, done
 
 
 def _control_group(group):

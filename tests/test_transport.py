@@ -1,7 +1,9 @@
 """Transports: what NCCL would not forgive, partial gathers, and messages through host memory."""
 
+import gc
 import threading
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -177,3 +179,51 @@ def test_reserved_memory_is_enough_when_every_slot_changes():
         return capacity == staging.capacity
 
     assert InProcessWorld(2).run(run) == [True, True]
+
+
+def gather_unequal(rank: int):
+    """Payloads of another length on one rank, as after a failure that it alone has noticed; then equal ones."""
+    transport = ProcessGroupTransport()
+    first = transport.gather(bytes(8 if rank == 1 else 3), 0.5)
+    return first, transport.gather(bytes([rank]), 5.0)
+
+
+def test_a_payload_of_another_length_is_not_heard_and_ends_no_process():
+    results = run_ranks(gather_unequal, 3, timeout=60)
+    assert [first for first, _ in results] == [
+        [bytes(3), None, bytes(3)],
+        [None, bytes(8), None],
+        [bytes(3), None, bytes(3)],
+    ]
+    assert all(second == [b"\x00", b"\x01", b"\x02"] for _, second in results)
+
+
+def waiting_threads() -> int:
+    """Threads that wait for messages, once those that are done have ended."""
+    deadline = time.monotonic() + 5.0
+    while (count := sum(t.name == "eplb-wait" for t in threading.enumerate())) > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return count
+
+
+def let_threads_end(rank: int):
+    """A rank that is late; later the group's own timeout is over; in the end the transport is let go."""
+    group = dist.new_group(list(range(3)), timeout=timedelta(seconds=2.0))
+    transport = ProcessGroupTransport(group)
+    transport.gather(bytes([rank]), 1.0)
+    if rank == 1:
+        time.sleep(1.0)
+    transport.gather(bytes([rank]), 0.3)
+    time.sleep(3.0)
+    heard, during = transport.gather(bytes([rank]), 1.5), waiting_threads()
+    del transport
+    gc.collect()
+    time.sleep(0.2)
+    return heard, during, sum(t.name == "eplb-wait" for t in threading.enumerate())
+
+
+def test_no_thread_is_left_behind_and_the_groups_timeout_closes_nothing():
+    for heard, during, after in run_ranks(let_threads_end, 3, timeout=60):
+        assert heard == [b"\x00", b"\x01", b"\x02"]
+        assert during == 1
+        assert after == 0
