@@ -122,7 +122,7 @@ ERROR = {"kind": "RearrangeError", "left": 1, "held": [[0, 1]]}
         ("none", [record(held=[[0, 1]])] * 2, "not moved"),
         ("none", [record(), record(**ERROR)], "were due"),
         ("none", [record(), record(switched=[[3, 0]])], "different boundaries"),
-        ("none", [record(), record(seconds=100.0)], "later than"),
+        ("none", [record(), record(seconds=200.0)], "later than"),
         ("corrupt", [record(fired=True, text="arrived damaged", **ERROR)] * 2, None),
         ("corrupt", [record(fired=True, **ERROR)] * 2, "damaged"),
         ("corrupt", [record(fired=True)] * 2, "were due"),
