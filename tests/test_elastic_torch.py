@@ -2,10 +2,12 @@
 
 import copy
 import os
+import re
 import signal
 import subprocess
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,6 +182,40 @@ def test_logits_stay_those_of_the_unmodified_model(port, tmp_path):
         assert joined == [(("r0", "r2", "r3", "r4"), (), ("r4",), (), 4)]
         if rank != 2:
             assert seen[-1][:3] == (("r0", "r3", "r4"), ("r2",), ())
+
+
+@torch.no_grad()
+def serve_as_the_page_says(rank, port, checkpoint):
+    """The code of docs/elastic.md. One of three dies between two batches."""
+    page = (Path(__file__).parents[1] / "docs" / "elastic.md").read_text(encoding="utf-8")
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "ElasticGroup" in code)
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("path/to/model", checkpoint), "docs/elastic.md", "exec"), names)
+    model: Any = tiny_model("qwen3_moe")
+    reference = copy.deepcopy(model)
+    layers = [name for name, module in model.named_modules() if name.endswith("mlp.experts")]
+
+    def batches():
+        for number in range(8):
+            if rank == 1 and number == 4:
+                die()
+            yield {"input_ids": torch.randint(0, 61, (1, 4 + rank), generator=torch.Generator().manual_seed(number))}
+
+    answers = names["serve"](model, layers, ("127.0.0.1", port), rank, 3, batches())
+    return [
+        (ours.logits - reference(**batch).logits).abs().max().item()
+        for ours, batch in zip(answers, batches(), strict=True)
+    ]
+
+
+def test_the_code_of_the_page_survives_a_loss(port, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(tiny_model("qwen3_moe").state_dict(), tmp_path / "model.safetensors")
+    results = run_ranks(serve_as_the_page_says, 3, port, str(tmp_path), timeout=120, may_die=[1])
+    assert results[1] is None
+    for errors in (results[0], results[2]):
+        assert len(errors) == 8
+        assert max(errors) < 1e-4
 
 
 # What cannot be cured is said
