@@ -2,14 +2,26 @@
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from eplb_core._checks import EplbError, require
+from eplb_core._checks import EplbError, check_kind, require, shown
 
 PathLike = str | os.PathLike[str]
+
+
+def check_path(path: Any, name: str = "path") -> None:
+    """Refuse what is no path: an integer, say, is a file that is open already, and reading it may never end."""
+    check_kind(path, (str, os.PathLike), name)
+    require(
+        isinstance(os.fspath(path), str) and "\0" not in os.fspath(path),
+        f"`{name}` must be text without NUL characters",
+        shown(path),
+        "Check where it comes from.",
+    )
 
 
 @contextmanager
@@ -22,6 +34,7 @@ def writing(path: PathLike) -> Iterator[BinaryIO]:
     Raises:
         OSError: if the folder is missing or full; `path` is unchanged then.
     """
+    check_path(path)
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -43,23 +56,29 @@ def reading(path: PathLike, limit_bytes: int) -> Iterator[BinaryIO]:
     Raises:
         EplbError: naming the file and what is wrong with it.
     """
+    check_path(path)
     try:
-        # Anything but a regular file may block, or never end.
+        # Anything but a regular file may block, or never end; it may also take the place of one in the meantime.
         require(os.path.isfile(path), f"`{path}` must be a file", "none", "Check the path.")
-        size = os.path.getsize(path)
-        require(
-            size <= limit_bytes,
-            f"`{path}` must have at most {limit_bytes} bytes",
-            f"{size} bytes",
-            "Raise the limit if you trust the file.",
-        )
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            require(stat.S_ISREG(status.st_mode), f"`{path}` must be a file", "another kind", "Check the path.")
+            require(
+                status.st_size <= limit_bytes,
+                f"`{path}` must have at most {limit_bytes} bytes",
+                f"{status.st_size} bytes",
+                "Raise the limit if you trust the file.",
+            )
             yield file
     except EplbError:
         raise
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        reason = (str(error) or type(error).__name__)[:200]
         raise EplbError(f"`{path}` cannot be read; got {reason}. Check that it is whole and of this format.") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would block
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,13 +1,19 @@
 """Read single experts' tensors from a checkpoint in safetensors files: what a group that lost them loads anew."""
 
-import json
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eplb_core._checks import EplbError, listing, require
+import numpy as np
 
+from eplb_core._checks import EplbError, check_choice, check_kind, listing, require, shown
+from eplb_core._extras import import_extra
+from eplb_core._files import check_path
+from eplb_core.formats.text import read_json
+
+_NUMPY = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64", "C64", "C128")
+_MOST_INDEX_BYTES = 2**32  # 2**27 of JSON
 FRAMEWORKS = {"numpy": "numpy", "torch": "pt"}
 
 
@@ -16,7 +22,7 @@ class CheckpointRows:
 
     Files are mapped, so only the bytes asked for are read, even of one expert's row in a tensor that holds all experts.
     Keep one of these for as long as it is needed, and `close` it, or use it in a `with` statement. Needs the package
-    `safetensors`.
+    `safetensors`: `pip install 'eplb[checkpoint]'`.
 
     Args:
         path: a `.safetensors` file; or an index (`*.safetensors.index.json`) that names such files beside it; or a
@@ -46,12 +52,9 @@ class CheckpointRows:
         *,
         framework: str = "numpy",
     ):
-        require(
-            framework in FRAMEWORKS,
-            f"`CheckpointRows(framework=...)` must be one of {tuple(FRAMEWORKS)}",
-            f"framework={framework!r}",
-            "Check the spelling.",
-        )
+        check_choice(framework, tuple(FRAMEWORKS), "CheckpointRows(framework=...)")
+        check_path(path, "CheckpointRows(path=...)")
+        check_kind(name_of, Callable, "CheckpointRows(name_of=...)")
         self.name_of, self.framework = name_of, framework
         self._opened: dict[Path, Any] = {}
         self._file_of = self._locate(Path(path))
@@ -67,7 +70,8 @@ class CheckpointRows:
         """
         key, row = self._key(layer, name, expert)
         self._refuse_missing([key])
-        part = self._open(self._file_of[key]).get_slice(key)
+        file = self._open(self._file_of[key])
+        part = file.get_slice(key)
         shape = part.get_shape()
         require(
             row is None or (len(shape) > 0 and 0 <= row < shape[0]),
@@ -76,12 +80,12 @@ class CheckpointRows:
             "Check how many experts this tensor holds, and which.",
         )
         require(
-            self.framework != "numpy" or not part.get_dtype().startswith(("BF16", "F8", "F4", "F6")),
+            self.framework != "numpy" or part.get_dtype() in _NUMPY,
             f"NumPy cannot hold {key!r}",
             f"dtype {part.get_dtype()}",
             "Use `CheckpointRows(framework='torch')`.",
         )
-        return part[...] if row is None else part[row]
+        return file.get_tensor(key) if row is None else part[row]
 
     def check(self, experts: Iterable[tuple[int, int]], names: Iterable[str]) -> None:
         """Refuse to begin if any tensor of these experts is missing.
@@ -118,7 +122,15 @@ class CheckpointRows:
 
     def _key(self, layer: int, name: str, expert: int) -> tuple[str, int | None]:
         found = self.name_of(layer, name, expert)
-        return (found, None) if isinstance(found, str) else (found[0], found[1])
+        if isinstance(found, str):
+            return found, None
+        require(
+            isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], str) and _is_index(found[1]),
+            "`name_of` must give a key, or a key and a row",
+            shown(found),
+            "Correct the function that you gave.",
+        )
+        return found[0], int(found[1])
 
     def _refuse_missing(self, keys: list[str]) -> None:
         missing = [key for key in keys if key not in self._file_of]
@@ -154,25 +166,29 @@ class CheckpointRows:
 
     def _open(self, file: Path) -> Any:
         if file not in self._opened:
-            from safetensors import SafetensorError, safe_open
-
+            require(file.is_file(), f"{str(file)!r} must be a file", "none", "Complete the download.")  # a pipe blocks
+            safetensors = import_extra("safetensors", "checkpoint", "CheckpointRows")
             try:
-                self._opened[file] = safe_open(file, framework=FRAMEWORKS[self.framework])
-            except (SafetensorError, OSError) as error:
+                self._opened[file] = safetensors.safe_open(file, framework=FRAMEWORKS[self.framework])
+            except (safetensors.SafetensorError, OSError) as error:
                 raise EplbError(f"{str(file)!r} cannot be read as safetensors; got {error}. Fetch it again.") from error
         return self._opened[file]
 
 
+def _is_index(row: Any) -> bool:
+    return isinstance(row, int | np.integer) and not isinstance(row, bool)
+
+
 def _read_index(path: Path) -> dict[str, Path]:
     """The file of every key, beside the index or below; never outside its folder."""
-    try:
-        names = json.loads(path.read_bytes())["weight_map"]
-        items = {str(key): PurePosixPath(name) for key, name in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    index = read_json(path, _MOST_INDEX_BYTES)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) and "\0" not in name for name in names.values()):
         raise EplbError(
-            f"{str(path)!r} must be JSON with an object 'weight_map' of keys and file names; got {error!r}. "
+            f"{str(path)!r} must be JSON with an object 'weight_map' of keys and file names; got {shown(index)}. "
             "Fetch it again."
-        ) from error
+        )
+    items = {key: PurePosixPath(name) for key, name in names.items()}
     outside = {str(file) for file in items.values() if file.is_absolute() or ".." in file.parts or "\\" in str(file)}
     require(
         not outside,

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from eplb_core import _npz, _tree
-from eplb_core._checks import EplbError, require
-from eplb_core._files import PathLike
+from eplb_core import _npz, _ops, _tree
+from eplb_core._checks import MOST_EXPERTS, EplbError, check_kind, require
+from eplb_core._files import PathLike, check_path
 from eplb_core.formats import text
 from eplb_core.formats.arrays import meta_of
-from eplb_core.formats.values import MOST_EXPERTS, array_of, blaming, metadata_of, placement_of
+from eplb_core.formats.values import array_of, blaming, metadata_of, placement_of
 from eplb_core.placement import check_placement, check_sizes
 from eplb_core.topology import Topology
 
@@ -58,7 +58,9 @@ def save_snapshot(path: PathLike, snapshot: Snapshot) -> None:
         OSError: if the file cannot be written; `path` is unchanged then.
     """
     suffix = _suffix(path, "save_snapshot")
-    ids, sizes = np.asarray(snapshot.physical_to_logical), snapshot._asdict()
+    check_kind(snapshot, Snapshot, "save_snapshot(snapshot=...)")
+    check_kind(snapshot.metadata, (Mapping, type(None)), "save_snapshot(snapshot.metadata=...)")
+    ids, sizes = np.asarray(_ops.as_array(snapshot.physical_to_logical)), snapshot._asdict()
     num_logical, epoch = _count(sizes, "num_logical"), _count(sizes, "epoch")
     check_placement(ids, snapshot.topology, num_logical, allow_lost=True)
     skeleton, arrays = _tree.flatten(snapshot.load, "load")
@@ -105,6 +107,7 @@ def load_snapshot(
         EplbError: naming the file, if it is missing, damaged, too large or of a later version, or does not fit.
     """
     suffix = _suffix(path, "load_snapshot")
+    check_kind(topology, (Topology, type(None)), "load_snapshot(topology=...)")
     with blaming(path):
         meta, arrays = _read_npz(path, limit_bytes) if suffix == ".npz" else _read_json(path, limit_bytes)
         ids = placement_of(arrays["physical_to_logical"], path)
@@ -184,6 +187,7 @@ def _from_json(value: Any, name: str) -> np.ndarray:
 
 
 def _suffix(path: PathLike, name: str) -> str:
+    check_path(path, f"{name}(path=...)")
     suffix = os.path.splitext(path)[1].lower()
     require(suffix in _SUFFIXES, f"`{name}(path=...)` must end in {' or '.join(_SUFFIXES)}", f"{path}", "Rename it.")
     return suffix

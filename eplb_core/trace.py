@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from eplb_core import _ops
 from eplb_core._files import PathLike
 from eplb_core._npz import LIMIT_BYTES, read_npy
 from eplb_core.formats import arrays, sglang, sglang_pt, table, text
@@ -144,8 +145,8 @@ def write_trace(
         if name == "npz" and not isinstance(load, list | tuple):
             return arrays.write_npz_windows(path, load, metadata)
         with blaming(path):
-            load = np.stack([np.asarray(window) for window in load])
-    values = load_of(np.asarray(load), path)
+            load = np.stack([np.asarray(_ops.as_array(window)) for window in load])
+    values = load_of(_ops.as_array(load), path)
     layer_ids = layer_ids_or_range(metadata.get("layer_ids"), values.shape[1], path)
     if name == "npz":
         return arrays.write_npz_trace(path, values, metadata)

@@ -76,7 +76,7 @@ def test_what_a_loss_needs_is_there_or_named_before_it_begins(folder):
         rows.check([(0, 0)], ["up"])
         with pytest.raises(EplbError, match=r"missing \[model-2.safetensors\]"):
             rows.check(plan.reload, ["up"])
-        with pytest.raises(EplbError, match="cannot be read as safetensors"):
+        with pytest.raises(EplbError, match="must be a file"):
             rows(0, "up", 2)
 
 
@@ -161,7 +161,7 @@ def test_files_below_the_index_will_do(folder):
 )
 def test_a_broken_index(folder, content):
     (folder / "model.safetensors.index.json").write_bytes(content)
-    with pytest.raises(EplbError, match="must be JSON"):
+    with pytest.raises(EplbError, match="index.json.*(must be JSON|cannot be read)"):
         CheckpointRows(folder, key)
 
 

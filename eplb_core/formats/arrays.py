@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eplb_core import _npz
+from eplb_core import _npz, _ops
 from eplb_core._checks import require
 from eplb_core._files import PathLike, reading, writing
 from eplb_core.formats.values import load_of, metadata_of
@@ -40,6 +40,7 @@ def read_npz_metadata(path: PathLike, limit_bytes: int) -> dict[str, Any]:
     """Return the metadata of an `.npz` trace, however large its load is."""
     arrays = {}
     with reading(path, _ANY_SIZE) as file, zipfile.ZipFile(_npz._SmallReads(file)) as archive:
+        _check_names([name.removesuffix(".npy") for name in archive.namelist()], path)
         members = [member for member in archive.infolist() if member.filename != _MEMBER]
         require(
             sum(member.file_size for member in members) <= limit_bytes,
@@ -92,8 +93,8 @@ def write_npz_windows(path: PathLike, windows: Iterable[Any], metadata: dict[str
     with tempfile.TemporaryFile(dir=Path(path).resolve().parent) as spool:
         shape: tuple[int, ...] | None = None
         count = 0
-        for window in windows:
-            load = load_of(np.asarray(window), f"{path}: window {count}")
+        for window in _each(windows, path):
+            load = load_of(_ops.as_array(window), f"{path}: window {count}")
             require(
                 len(load) == 1 and shape in (None, load.shape[1:]),
                 f"`{path}` must get windows `[layers, experts]` of one shape",
@@ -112,6 +113,11 @@ def write_npz_windows(path: PathLike, windows: Iterable[Any], metadata: dict[str
                 shutil.copyfileobj(spool, stream, 2**20)
             with archive.open(_member("meta.npy"), "w") as stream:
                 np.lib.format.write_array(stream, np.asarray(json.dumps(metadata)), allow_pickle=False)
+
+
+def _each(windows: Iterable[Any], path: PathLike) -> Iterable[Any]:
+    require(isinstance(windows, Iterable), f"`{path}` must get windows", type(windows).__name__, "Give an array.")
+    return windows
 
 
 def _check_names(names: Collection[str], path: PathLike) -> None:

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eplb_core import _npz
-from eplb_core._checks import EplbError, require
+from eplb_core import _npz, _ops
+from eplb_core._checks import EplbError, check_indices, check_kind, require
 from eplb_core._files import PathLike
 from eplb_core.formats.arrays import meta_of
 from eplb_core.formats.values import blaming, placement_of
 from eplb_core.moves import MovePlan
 from eplb_core.rounds import Schedule
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 
 class StoredPlan(NamedTuple):
@@ -48,12 +48,15 @@ def write_plan(
         EplbError: if a placement or the plan is not `[layers, slots]` of integers.
         OSError: if the file cannot be written.
     """
+    check_topology(topology, "write_plan")
+    check_kind(plan, MovePlan, "write_plan(plan=...)")
+    check_kind(schedule, (Schedule, type(None)), "write_plan(schedule=...)")
     arrays = {"old": old, "new": new, "source_slot": plan.source_slot}
     if plan.relay_slot is not None:
         arrays["relay_slot"] = plan.relay_slot
-    arrays = {name: placement_of(np.asarray(array), f"{path}: {name}") for name, array in arrays.items()}
+    arrays = {name: placement_of(_ops.as_array(array), f"{path}: {name}") for name, array in arrays.items()}
     if schedule is not None:
-        arrays["schedule"] = np.stack([np.asarray(column, np.int32) for column in schedule])
+        arrays["schedule"] = np.stack([_column(column, path) for column in schedule])
     sizes = {"ep_size": topology.ep_size, "slots_per_rank": topology.slots_per_rank, "num_nodes": topology.num_nodes}
     _npz.write_npz(path, **arrays, meta=np.asarray(json.dumps(sizes)))
 
@@ -81,6 +84,14 @@ def read_plan(path: PathLike, *, limit_bytes: int = _npz.LIMIT_BYTES) -> StoredP
             raise EplbError(f"`{path}` must have arrays [layers, {topology.num_slots}]; got {shapes}. Write it again.")
         plan = MovePlan(ids["source_slot"], ids.get("relay_slot"))
         return StoredPlan(ids["old"], ids["new"], plan, topology, _schedule(arrays.get("schedule"), path))
+
+
+def _column(column: Any, path: PathLike) -> np.ndarray:
+    values = np.asarray(_ops.as_array(column))
+    values = values.astype(np.int32) if values.dtype == bool else values
+    return check_indices(values, 2**31, f"{path}: schedule", "integers", "Make it with schedule_rounds.").astype(
+        np.int32
+    )
 
 
 def _schedule(columns: np.ndarray | None, path: PathLike) -> Schedule | None:

@@ -2,8 +2,8 @@
 
 import os
 
-from eplb_core._checks import require
-from eplb_core._files import PathLike
+from eplb_core._checks import check_kind, require
+from eplb_core._files import PathLike, check_path
 
 _BY_SUFFIX = {
     ".npz": "npz",
@@ -27,6 +27,8 @@ def choose(path: PathLike, format: str | None, known: tuple[str, ...], function:
     Raises:
         EplbError: if it is not among the known ones.
     """
+    check_path(path, f"{function}(path=...)")
+    check_kind(format, (str, type(None)), f"{function}(format=...)")
     name = format or by_name(path)
     require(
         name in known,

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from eplb_core._checks import EMPTY, require
+from eplb_core import _ops
+from eplb_core._checks import EMPTY, MOST_EXPERTS, check_count, check_kind, require
 from eplb_core._files import PathLike
 from eplb_core._npz import LIMIT_BYTES, read_npy
 from eplb_core.formats import arrays, own_placement, sglang, sglang_pt, tensorrt_llm, text, vllm_ascend
@@ -90,7 +91,10 @@ def write_placement(
     """
     by_default = "sglang" if os.path.splitext(path)[1].lower() == ".json" else None
     name = choose(path, format or by_default, PLACEMENT_FORMATS, "write_placement")
-    ids = placement_of(np.asarray(physical_to_logical), path)
+    check_kind(topology, (Topology, type(None)), "write_placement(topology=...)")
+    if num_logical is not None:
+        num_logical = check_count(num_logical, "write_placement(num_logical=...)", 1, MOST_EXPERTS)
+    ids = placement_of(_ops.as_array(physical_to_logical), path)
     _check(name, ids, topology, path)
     numbers = layer_ids_or_range(layer_ids, len(ids), path)
     experts = max(int(ids.max()) + 1, 1) if num_logical is None else num_logical

@@ -19,6 +19,7 @@ from eplb_core.formats.values import load_of, placement_of
 _PICKLE_SHARE = 32
 """A pickle may take this much less than all; objects take more room than their bytes."""
 
+_BEGIN = b"PK\3\4"
 _KNOWN = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
 
 
@@ -125,6 +126,9 @@ def _record(record: Any, path: PathLike, limit_bytes: int) -> tuple[tuple[int, i
 def _read(path: PathLike, limit_bytes: int) -> dict:
     """Load a file as torch does with `weights_only`, after a look at its sizes, checksums and what it would call."""
     with reading(path, limit_bytes) as file:
+        if _SmallReads(file).read(len(_BEGIN)) != _BEGIN:  # torch would read it as the older format, unchecked
+            raise ValueError("no archive of torch.save")
+        file.seek(0)
         with zipfile.ZipFile(_SmallReads(file)) as archive:
             _check_archive(archive, limit_bytes)
         require(

@@ -22,9 +22,9 @@ KEYS = {
 
 
 def read_json(path: PathLike, limit_bytes: int) -> Any:
-    """Return what a JSON file holds; numbers that JSON does not know, such as NaN, are refused."""
+    """Return what a JSON file holds; NaN, which JSON does not know, and a key that comes twice are refused."""
     with reading(path, limit_bytes // _BYTES_PER_CHARACTER) as file:
-        return json.loads(file.read(), parse_constant=_refuse_constant)
+        return json.loads(file.read(), parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -50,6 +50,13 @@ def load_from_json(value: Any, path: PathLike) -> tuple[np.ndarray, dict[str, An
         "A placement is not a trace.",
     )
     return load_of(value["load"], path), metadata_of(value.get("metadata"), path)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object in which a key comes twice")
+    return found
 
 
 def _refuse_constant(name: str) -> None:

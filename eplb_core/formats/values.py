@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from eplb_core._checks import EMPTY, EplbError, require
+from eplb_core import _ops
+from eplb_core._checks import EMPTY, MOST_EXPERTS, EplbError, positions, require
 from eplb_core._files import PathLike
-
-MOST_EXPERTS = 2**20
-"""Expert ids from here on are taken for damage: what derives maps allocates by the largest id."""
 
 MOST_ENTRIES = 2**26
 """Nested lists of more numbers are refused; as arrays they may be larger."""
@@ -90,8 +88,7 @@ def array_of(values: Any, path: PathLike) -> np.ndarray:
 
     Lists are looked at before they are converted, as NumPy would make room for the longest text in them.
     """
-    if not isinstance(values, np.ndarray):
-        values = _from_lists(values, path)
+    values = _ops.as_array(values) if not isinstance(values, list) else _from_lists(values, path)
     require(
         values.dtype.kind in "iuf" and values.dtype.itemsize <= 8,
         f"`{path}` must hold numbers of at most 64 bits",
@@ -158,9 +155,7 @@ def _refuse(bad: np.ndarray, rule: str, what: str, advice: str) -> None:
     """Refuse an array in which `bad` holds anywhere, with the first positions."""
     count = int(np.count_nonzero(bad))
     if count:
-        first = np.unravel_index(np.flatnonzero(bad)[:4], bad.shape)
-        positions = [tuple(int(i) for i in index) for index in zip(*first, strict=True)]
-        require(False, rule, f"{what} at {count} positions, first at {positions}", advice)
+        require(False, rule, f"{what} at {count} positions, first at {positions(bad, 4)}", advice)
 
 
 def _rounded(load: np.ndarray, path: PathLike) -> np.ndarray:
