@@ -2,6 +2,10 @@
 
 from hypothesis import HealthCheck, settings
 
+from tests.extras import pytest_collection_modifyitems, pytest_pycollect_makemodule
+
+__all__ = ("pytest_collection_modifyitems", "pytest_pycollect_makemodule")
+
 settings.register_profile(
     "eplb",
     max_examples=60,

@@ -66,6 +66,14 @@ def test_a_missing_command_line_library_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == "`eplb` needs typer. Install with: pip install 'eplb[cli]'\n"
 
 
+@pytest.fixture
+def demo_installed():
+    """Skip where the demo's extra is not installed."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+
+
+@pytest.mark.usefixtures("demo_installed")
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_demo_says_which_extra_is_missing(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
@@ -74,6 +82,7 @@ def test_demo_says_which_extra_is_missing(module, monkeypatch):
     assert f"needs {module}. Install with: pip install 'eplb[cli,hf]'" in result.stderr
 
 
+@pytest.mark.usefixtures("demo_installed")
 def test_demo_needs_prometheus_only_for_metrics(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     result = eplb("demo", "--metrics-port", "0")
@@ -87,9 +96,6 @@ def test_demo_needs_prometheus_only_for_metrics(monkeypatch):
     [
         ([], "Usage"),
         (["demo", "--ranks", "0"], "Invalid value for '--ranks'"),
-        (["demo", "--ranks", "3"], "Use num_redundant=10"),
-        (["demo", "--ranks", "130", "--redundant", "98"], "must have 1 to 128 ranks"),
-        (["demo", "--policy", "magic"], "policy='magic'"),
         (["demo", "--interval", "0"], "Invalid value for '--interval'"),
         (["demo", "--metrics-port", "70000"], "Invalid value for '--metrics-port'"),
         (["demo", "--json", "no/such/folder/out.json"], "does not exist"),
@@ -101,3 +107,16 @@ def test_requests_that_cannot_be_met_exit_with_2(args, message):
     result = eplb(*args)
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.usefixtures("demo_installed")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ranks", "3"], "Use num_redundant=10"),
+        (["--ranks", "130", "--redundant", "98"], "must have 1 to 128 ranks"),
+        (["--policy", "magic"], "policy='magic'"),
+    ],
+)
+def test_sizes_that_the_demo_cannot_have_exit_with_2(options, message):
+    test_requests_that_cannot_be_met_exit_with_2(["demo", *options], message)

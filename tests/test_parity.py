@@ -35,6 +35,7 @@ def fetched(function):
 
 
 def test_vllm_with_slot_preservation(problems):
+    pytest.importorskip("torch")
     fetched(peers.vllm_policy)
     for topology, num_groups, load in problems:
         previous = round_robin(*load.shape, topology)
@@ -51,8 +52,7 @@ def test_vllm_with_slot_preservation(problems):
 
 
 def test_sglang_which_is_deepseeks_reference(problems):
-    import torch
-
+    torch = pytest.importorskip("torch")
     plan = fetched(peers.sglang_deepseek)
     for topology, num_groups, load in problems:
         hierarchical = num_groups % topology.num_nodes == 0
@@ -69,8 +69,7 @@ def test_sglang_which_is_deepseeks_reference(problems):
 
 
 def test_vllms_maps(problems):
-    import torch
-
+    torch = pytest.importorskip("torch")
     compute = fetched(peers.vllm_compute_logical_maps)
     for topology, num_groups, load in problems[:50]:
         placed = rebalance(load, topology, policy="greedy", num_groups=num_groups)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("jax")
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 240.0
 

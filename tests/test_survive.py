@@ -39,6 +39,7 @@ def test_what_cannot_be_asked():
 
 
 def test_the_picture_shows_every_loss():
+    pytest.importorskip("matplotlib")
     topology = Topology(4, 3)
     held, load = round_robin(2, 8, topology), np.arange(16).reshape(2, 8) + 1
     results = dry_run(held, load, topology)
@@ -52,6 +53,7 @@ def test_the_picture_shows_every_loss():
 
 
 def test_the_picture_marks_losses_after_which_slots_are_too_few():
+    pytest.importorskip("matplotlib")
     results = [Loss((0, 1), ((0, 1),), 0.5, (), 1, 0.8), Loss((2, 3), (), 0.0, ((0, 1),), 1, 0.7)]
     upper, lower = losses(results).axes
     assert [line.get_marker() for line in upper.lines] == ["o", "X"]

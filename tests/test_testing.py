@@ -282,6 +282,7 @@ def sglang(load, topology, previous=None):
 @pytest.fixture
 def fetched(request):
     """The peer's function, or a skip that says why it cannot be had."""
+    pytest.importorskip("torch")
     try:
         {"vllm": peers.vllm_policy, "sglang": peers.sglang_deepseek}[request.param]()
     except peers.PeerUnavailable as reason:

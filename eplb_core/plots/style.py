@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eplb_core._checks import require
+from eplb_core._extras import import_extra
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, without its yellow, which is too pale for lines."""
@@ -22,9 +23,7 @@ def new_figure(figure: Any, width: float, height: float) -> Any:
     """Take the given figure or subfigure, or make one of so many inches."""
     if figure is not None:
         return figure
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    return import_extra("matplotlib.figure", "cli", "plots").Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Any, file: Path | str) -> None:

@@ -1,6 +1,6 @@
 """The executor for JAX: rows of arrays sharded over a mesh axis move as a plan says.
 
-JAX is imported by the first call, not with the module.
+JAX is imported by the first call, not with the module: `pip install 'eplb[jax]'`.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from eplb_core import _ops
 from eplb_core._checks import EMPTY, at, check_ids, listing, require
+from eplb_core._extras import import_extra
 from eplb_core.moves import MovePlan
 from eplb_core.sharded.perform import Layout, compile_program, group_parcels, map_shards, share_tables
 from eplb_core.sharded.script import write_script
@@ -61,8 +62,7 @@ def rearrange(
         EplbError: if plan, topology, mesh and arrays do not fit, a slot would lose its expert, this is traced by
             `jax.jit`, or processes disagree about the plan. Nothing has moved, and the arrays are still there.
     """
-    import jax
-
+    jax = import_extra("jax", "jax", "sharded.rearrange")
     leaves, structure = jax.tree.flatten(weights)
     moving, program, arguments = _prepare(weights, plan, topology, mesh, axis, new, layers, max_staging_bytes)
     if moving:
@@ -95,8 +95,7 @@ def lower(
 
 def _prepare(weights, plan: MovePlan, topology: Topology, mesh, axis: str, new, layers, max_staging_bytes):
     """Indices of the leaves that have rows, the program for them, and its arguments."""
-    import jax
-
+    jax = import_extra("jax", "jax", "sharded")
     paths, _ = jax.tree_util.tree_flatten_with_path(weights)
     source = _checked_plan(plan, topology, new)
     _check_mesh(mesh, axis, topology)
