@@ -36,7 +36,7 @@ from eplb_core.control import compare
 from eplb_core.control.decision import worth_their_share
 from eplb_core.load import exponential_decay, last_value, logical_load, sliding_window, trend_forecast
 from eplb_core.testing import loads, placements, read_only
-from tests.devices import num_compiled
+from tests.devices import enable_x64, num_compiled
 
 # Compiling dominates, so sizes are few and values are many.
 WINDOWS, LAYERS = 2, 3
@@ -189,7 +189,7 @@ ON_ONE_NODE = ("greedy", "refined", "incremental", "derive_maps", "plan_moves")
 @settings(max_examples=15)
 def test_jit_gives_numpys_integers(name, size, data):
     problem = data.draw(problems(size))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         got = jitted(name, size)(*on_device(problem))
     assert_same(got, transform(name, size)(*problem))
 
@@ -210,7 +210,7 @@ def test_metrics_and_what_is_decided_by_them_are_the_same_bit_for_bit():
         rows = [np.r_[np.arange(num_logical), rng.integers(0, num_logical, spare)] for _ in range(num_layers)]
         held = rng.permuted(np.stack(rows), axis=1).astype(np.int32)
         load = rng.integers(0, 10**6, (num_layers, num_logical))
-        with jax.enable_x64(True):
+        with enable_x64(True):
             got = traced(jnp.asarray(held), jnp.asarray(load))
         for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(everything(held, load)), strict=True):
             np.testing.assert_array_equal(mine, theirs)
@@ -222,7 +222,7 @@ def test_metrics_and_what_is_decided_by_them_are_the_same_bit_for_bit():
 def test_vmap_over_models_or_traces(name, data):
     """Each row is what the transform gives for that model alone."""
     batch = [data.draw(problems()) for _ in range(3)]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         got = vmapped(name)(*(jnp.stack(x) for x in zip(*map(on_device, batch), strict=True)))
     for i, problem in enumerate(batch):
         assert_same(jax.tree.map(lambda x, i=i: x[i], got), transform(name)(*problem))
@@ -240,7 +240,7 @@ def test_new_values_neither_compile_nor_leave_the_device(name):
         experts = np.concatenate([np.broadcast_to(np.arange(num_logical), (2, LAYERS, num_logical)), spare], axis=2)
         return on_device((load, *rng.permuted(experts, axis=2).astype(np.int32)))
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         assert "callback" not in str(jax.make_jaxpr(transform(name))(*draw()))
         jitted(name)(*draw())
         others, before = [draw() for _ in range(5)], num_compiled()
@@ -259,7 +259,7 @@ def test_new_values_neither_compile_nor_leave_the_device(name):
 @settings(max_examples=15)
 def test_what_is_all_integers_needs_no_x64(name, data):
     problem = data.draw(problems())
-    with jax.enable_x64(False):
+    with enable_x64(False):
         got = jitted(name)(*on_device(problem, jnp.int32))
     assert_same(got, transform(name)(*problem), dtypes=name in PLANS)
 
@@ -276,7 +276,7 @@ def in_float32():
 def test_without_x64_policies_decide_as_numpy_does_in_float32(name, data):
     """The condition for equality: NumPy in float64 decides alike. Loads have ties, zeros, and sums beyond 2^24."""
     problem = data.draw(problems())
-    with jax.enable_x64(False):
+    with enable_x64(False):
         got = jitted(name)(*on_device(problem, jnp.int32))
     with in_float32():
         assert_same(got, transform(name)(*problem))
@@ -290,7 +290,7 @@ def test_without_x64_greedy_decides_as_numpy_does_in_float32_where_much_is_round
         return rebalance(load, topology, policy="greedy")
 
     load = rng.integers(2**25, 2**25 + 64, (500, num_logical)).astype(np.int32)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         got = jax.jit(place)(jnp.asarray(load))
     with in_float32():
         assert_same(got, place(load))
@@ -313,7 +313,7 @@ def whole_shares(draw, num_logical: int, num_layers: int, num_windows: int, most
 @settings(max_examples=25)
 def test_without_x64_nothing_is_rounded_where_all_shares_are_whole_and_small(name, most, data):
     problem = data.draw(problems(make_load=partial(whole_shares, most=most)))
-    with jax.enable_x64(False):
+    with enable_x64(False):
         got = jitted(name)(*on_device(problem, jnp.int32))
     assert_same(got, transform(name)(*problem))
 
@@ -323,7 +323,7 @@ def test_without_x64_nothing_is_rounded_where_all_shares_are_whole_and_small(nam
 @settings(max_examples=15)
 def test_without_x64_metrics_agree_to_float32(name, data):
     load, old, new = data.draw(problems())
-    with jax.enable_x64(False):
+    with enable_x64(False):
         got = jitted(name)(*on_device((load, old, new), jnp.int32))
     if name != "control.worth_their_share":
         assert_same(got, transform(name)(load, old, new), rtol=1e-5, dtypes=False)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from eplb_core import EMPTY, Topology, check_placement, derive_maps, moved_experts, rebalance
 from eplb_core.policies.spread import spread_copies
 from eplb_core.testing import loads, placements, topologies
+from tests.devices import enable_x64
 
 POLICIES = st.sampled_from(["greedy", "refined", "incremental"])
 
@@ -123,7 +124,7 @@ def test_jit_gives_numpys_integers(policy):
     topology, num_logical = Topology(6, 3, num_nodes=3), 7
     place = partial(rebalance, topology=topology, policy=policy, spread="node")
     rng = np.random.default_rng(5)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         traced = jax.jit(lambda load, held: place(load, previous=held))
         for turn in range(25):
             load = rng.integers(0, 4, (2, num_logical)) if turn % 2 else rng.poisson(1000, (2, num_logical))

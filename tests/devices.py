@@ -1,5 +1,6 @@
 """Eight CPU devices in one process, for tests of sharded arrays. Import it before JAX has started a backend."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -31,6 +32,15 @@ def _count(event: str, _seconds: float, **_: object) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def enable_x64(on: bool) -> AbstractContextManager:
+    """`jax.enable_x64`, also where JAX has it elsewhere."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(on)
+    from jax import experimental
+
+    return experimental.enable_x64(on)
 
 
 def num_compiled() -> int:

@@ -21,6 +21,7 @@ from eplb_core import (
     round_robin,
     schedule_rounds,
 )
+from tests.devices import enable_x64
 
 TOPOLOGY = Topology(ep_size=4, slots_per_rank=3, num_nodes=2)
 LOAD = np.arange(20).reshape(2, 10)
@@ -135,7 +136,7 @@ def test_jax_arrays_with_values_are_checked():
 
 def test_32_bit_keys_that_would_overflow_are_refused():
     topology = Topology(ep_size=1, slots_per_rank=40_000)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         old = jnp.zeros((2, 40_000), dtype=jnp.int32)
         with pytest.raises(EplbError, match="jax_enable_x64"):
             jax.eval_shape(lambda x: plan_moves(x, x, topology), old)

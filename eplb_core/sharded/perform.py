@@ -87,14 +87,10 @@ def _from_bits(bits, dtype):
 
 
 def map_shards(function, mesh, in_specs, out_specs):
-    """`jax.shard_map`, also where JAX had it elsewhere; varying values are not checked."""
+    """`jax.shard_map`; varying values are not checked."""
     import jax
 
-    if hasattr(jax, "shard_map"):
-        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    from jax.experimental.shard_map import shard_map
-
-    return shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_rep=False)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def share_tables(script: Script, layout: Layout, num_rounds: int, num_copies: int) -> Script:
