@@ -16,6 +16,7 @@ from functools import cache
 import numpy as np
 
 from benchmarks import peers, released
+from benchmarks.page import printed
 from benchmarks.traces import drift
 from eplb_core import EMPTY, Topology, balancedness, model_balancedness, moved_experts, rebalance
 from eplb_core.elastic import grow, lose_ranks
@@ -202,14 +203,19 @@ def plot(path: str) -> None:
 def main(quick: bool = False) -> None:
     """Print all tables."""
     load = drift(num_layers=8 if quick else 58, num_windows=4 if quick else 8)
-    print("## One of 32 ranks is lost\n")
+    print("### One of 32 ranks is lost\n")
     losses(load, [0, 13] if quick else [0, 7, 13, 22, 31])
     print()
     gap_to_optimum(20 if quick else 200)
-    print("\n## Ranks join\n")
+    print("\n### Ranks join\n")
     growth(load)
-    print("\n## Copies spread over nodes\n")
+    print("\n### Copies spread over nodes\n")
     spreading(load)
+
+
+def report() -> str:
+    """The tables, as Markdown."""
+    return printed(main)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ under one improved window by window (`incremental`), with the experts that the l
 
 import numpy as np
 
+from benchmarks.page import printed
 from benchmarks.traces import FOLDER, Case, cases
 from eplb_core import Topology
 from eplb_core.simulate import simulate
@@ -61,6 +62,11 @@ def main() -> None:
                 flush=True,
             )
         print(f"| {case.name} | best: {max(found, key=found.__getitem__)} | | | | |")
+
+
+def report() -> str:
+    """The tables, as Markdown."""
+    return printed(main)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.page import printed
 from benchmarks.peers import VLLM
 from benchmarks.released import fetch, load
 from eplb_core import Topology, plan_moves, schedule_rounds
@@ -169,14 +170,19 @@ def show(case: Case, results: list[dict[str, Any]]) -> dict[str, Any]:
     ours, theirs = (sum(result["ops"][i] for result in results) for i in (0, 1))
     moved = sum(result["bytes"] for result in results)
     peak, buffer = (max(result["staging"][i] for result in results) for i in (0, 1))
-    print(f"\n{case.name}: {case.layers} layers, 4 ranks x {case.slots_per_rank} slots, {moved / 2**20:.1f} MiB moved")
+    sizes = f"{case.layers} layers, 4 ranks x {case.slots_per_rank} slots, {moved / 2**20:.1f} MiB moved."
+    print(f"\n### {case.name}\n\n{sizes}")
+    print("\n| | ms | least | most | times as fast as vLLM |\n|---|---|---|---|---|")
     for name, median in medians.items():
         times = results[0]["seconds"][name]
-        print(f"  {name:16} {1e3 * median:8.1f} ms  ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})")
+        faster = medians["vLLM"] / median
+        print(f"| {name} | {1e3 * median:.1f} | {1e3 * min(times):.1f} | {1e3 * max(times):.1f} | {faster:.2f} |")
     ratio, share = medians["ours"] / medians["vLLM"], medians["plain Gloo"] / medians["ours"]
-    print(f"  time: {ratio:.2f} of vLLM's; {share:.0%} of the plain Gloo bandwidth")
-    print(f"  point-to-point operations: {ours} and {theirs}: {ours / theirs:.3f}")
-    print(f"  memory outside the weights: {peak / 2**20:.2f} MiB; vLLM's buffer of one layer: {buffer / 2**20:.2f} MiB")
+    print(
+        f"\nOurs takes {ratio:.2f} of vLLM's time, at {share:.0%} of the bandwidth of plain Gloo. Point-to-point "
+        f"operations: {ours}, vLLM's {theirs} ({ours / theirs:.3f}). Memory outside the weights: {peak / 2**20:.2f} "
+        f"MiB, vLLM's buffer of one layer {buffer / 2**20:.2f} MiB."
+    )
     return {"case": case.name, "ratio": ratio, "ops": ours / theirs, "share": share, "medians": medians}
 
 
@@ -253,12 +259,17 @@ def main() -> None:
         figures += [show(case, run_ranks(compare, 4, case, timeout=500)) for case in CASES]
     if options.only != "compare":
         results = run_ranks(serve_beside, 4, CASES[1], timeout=500)
-        print("\nserving loop, medians of rank 0")
-        print("\n".join(f"  {name:24} {value:.6f}" for name, value in results[0].items()))
+        print("\n### Beside a serving loop\n\nMedians of rank 0.\n\n| | |\n|---|---|")
+        print("\n".join(f"| {name} | {value:.6f} |" for name, value in results[0].items()))
         figures.append(results[0])
     if options.json:
         with open(options.json, "w") as file:
             json.dump(figures, file, indent=1)
+
+
+def report() -> str:
+    """The tables, as Markdown."""
+    return printed(main)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import peers
+from benchmarks.page import printed
 from benchmarks.traces import FOLDER, Case, cases
 from eplb_core import Topology, balancedness, load_bound, moved_experts, rank_load, rebalance, round_robin
 
@@ -163,6 +164,11 @@ def main() -> None:
         plot(options.plot)
     else:
         table(options.all)
+
+
+def report() -> str:
+    """The tables, as Markdown."""
+    return printed(main)
 
 
 if __name__ == "__main__":

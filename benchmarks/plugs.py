@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers
+from benchmarks.page import printed
 from benchmarks.traces import cases
 from eplb_core import Topology, model_balancedness, moved_experts, round_robin
 from eplb_torch.integrations import sglang, vllm
@@ -79,6 +80,11 @@ def main() -> None:
         for name, (taken, changed, moved, balance) in replay(case.load, topology, plans).items():
             where = f"{case.name} | {case.ep_size}, {case.num_redundant}"
             print(f"| {where} | {name} | {taken:.0f} | {changed:.1f} | {moved:.1f} | {balance:.3f} |", flush=True)
+
+
+def report() -> str:
+    """The tables, as Markdown."""
+    return printed(main)
 
 
 if __name__ == "__main__":

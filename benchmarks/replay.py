@@ -9,6 +9,7 @@ The first row is the target of 20 s for 500 windows of 24 x 32 with three polici
 import argparse
 import time
 
+from benchmarks.page import printed
 from benchmarks.traces import drift
 from eplb_core import Topology
 from eplb_core.policies import POLICIES
@@ -45,6 +46,11 @@ def main() -> None:
             f"| {sizes} | {ep_size} | {', '.join(policies)} | {taken[0]:.1f} | {taken[1]:.1f} | {planning:.0%} |",
             flush=True,
         )
+
+
+def report() -> str:
+    """The tables, as Markdown."""
+    return printed(main)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers
+from benchmarks.page import printed
 from benchmarks.traces import FOLDER, cases
 from eplb_core import Topology, balancedness, control, derive_maps, moved_experts, round_robin
 from eplb_core.control import ControlConfig, ModelConfig, Reason
@@ -140,6 +141,11 @@ def main() -> None:
             seconds = f"{side.planning:.3f} | {side.moving:.3f} | {side.seconds:.3f}"
             ratio = f"{theirs.seconds / side.seconds:.1f}x"
             print(f"| {case.name}, {case.ep_size} | {name} | {counts} | {seconds} | {ratio} |", flush=True)
+
+
+def report() -> str:
+    """The tables, as Markdown."""
+    return printed(main)
 
 
 if __name__ == "__main__":

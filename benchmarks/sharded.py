@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from benchmarks.page import printed
 from benchmarks.traces import recorded
 from eplb_core import MovePlan, Topology, plan_moves, rebalance, schedule_rounds
 from eplb_core.sharded import choose_width, lower, rearrange
@@ -170,14 +171,18 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices("cpu")[:NUM_DEVICES]), ("ep",), axis_types=(AxisType.Auto,))
     figures = [measure(case, mesh) for case in cases()]
+    columns = list(figures[0])
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for figure in figures:
-        print(figure["case"])
-        for name, value in figure.items():
-            if name != "case":
-                print(f"  {name:32} {value:.3f}")
+        print("| " + " | ".join(v if isinstance(v, str) else f"{v:.3f}" for v in figure.values()) + " |")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(figures, file, indent=1)
+
+
+def report() -> str:
+    """The tables, as Markdown."""
+    return printed(main)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.page import printed
 from benchmarks.traces import cases
 from eplb_core import Topology, rebalance
 from eplb_core.shares import balanced_shares, even_shares, slot_load
@@ -85,6 +86,11 @@ def main() -> None:
     for name, slack in {"even": None, "local": 0.0, "local, 10% slack": 0.1, "nearest": 64.0}.items():
         distance = travel(case.load[:, :12], topology, slack)
         print(f"| {name} | {' | '.join(f'{x:.3f}' for x in distance)} |")
+
+
+def report() -> str:
+    """The tables, as Markdown."""
+    return printed(main)
 
 
 if __name__ == "__main__":
