@@ -21,6 +21,7 @@ from eplb_core import (
     round_robin,
     schedule_rounds,
 )
+from eplb_core._checks import check_kind
 from tests.devices import enable_x64
 
 TOPOLOGY = Topology(ep_size=4, slots_per_rank=3, num_nodes=2)
@@ -140,3 +141,13 @@ def test_32_bit_keys_that_would_overflow_are_refused():
         old = jnp.zeros((2, 40_000), dtype=jnp.int32)
         with pytest.raises(EplbError, match="jax_enable_x64"):
             jax.eval_shape(lambda x: plan_moves(x, x, topology), old)
+
+
+def test_what_is_of_the_right_type_is_not_formatted():
+    class Costly:
+        def __repr__(self):
+            raise AssertionError("formatted")
+
+    check_kind(Costly(), Costly, "f(x=...)")
+    with pytest.raises(EplbError, match=r"`f\(x=...\)` must be of type str or int"):
+        check_kind(Costly(), (str, int), "f(x=...)")
