@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_core import Topology, load_bound, rank_load, rebalance
+from eplb_core import EplbError, Topology, load_bound, rank_load, rebalance
 from eplb_core.testing import loads, topologies
 
 SMALL = st.sampled_from(
@@ -66,3 +66,9 @@ def test_windows_are_bounded_one_by_one(data, topology):
     num_logical = data.draw(st.integers(1, topology.num_slots))
     windows = data.draw(loads(num_logical, num_windows=3))
     assert load_bound(windows, topology).tolist() == [load_bound(load, topology).tolist() for load in windows]
+
+
+def test_there_is_no_bound_where_experts_do_not_fit():
+    assert load_bound(np.ones((5, 1)), Topology(2, 2)).tolist() == [0.5] * 5
+    with pytest.raises(EplbError, match="num_logical=5"):
+        load_bound(np.ones((1, 5)), Topology(2, 2))

@@ -29,6 +29,20 @@ def test_every_further_copy_goes_to_the_expert_with_most_load_per_copy(data, num
         assert counts == [experts.count(e) for e in range(num_logical)]
 
 
+@given(st.data(), st.integers(1, 9), st.integers(0, 12), st.integers(1, 4))
+def test_copies_that_an_expert_has_no_use_for_go_to_the_others(data, num_logical, spare, most):
+    load = data.draw(loads(num_logical)).astype(np.float64)
+    expert, copies = replicate(read_only(load), num_logical + spare, max_copies=most)
+    assert expert.dtype == copies.dtype == np.int32
+    for row, experts, counts in zip(load.tolist(), expert.tolist(), copies.tolist(), strict=True):
+        expected = [1] * num_logical
+        for chosen in experts[num_logical:]:
+            open_ = [e for e in range(num_logical) if expected[e] < most]
+            assert chosen == max(open_, key=lambda e: (row[e] / expected[e], -e), default=0)
+            expected[chosen] += 1
+        assert counts == expected
+
+
 @given(st.data(), st.integers(1, 5), st.integers(1, 5))
 def test_every_item_goes_to_the_lightest_pack_with_room(data, num_packs, room):
     load = data.draw(loads(num_packs * room)).astype(np.float64)

@@ -59,6 +59,7 @@ def test_received_experts_are_the_moved_ones_told_apart_by_where_they_come_from(
     plan = plan_moves(old, new, topology, fan_out=fan_out)
     within, across = received_experts(plan, topology)
     np.testing.assert_array_equal(within + across, moved_experts(old, new, topology))
+    assert within.dtype == across.dtype == np.int32
     for layer, row in enumerate(plan.source_slot.tolist()):
         relays = [EMPTY] * len(row) if plan.relay_slot is None else plan.relay_slot[layer].tolist()
         received = {}

@@ -13,11 +13,13 @@ from eplb_core import (
     derive_maps,
     moved_experts,
     plan_moves,
+    preserve_slots,
     rank_load,
     rebalance,
     verify_plan,
 )
 from eplb_core.policies.budget import share_out
+from eplb_core.policies.groups import groups_by_node
 from eplb_core.policies.relabel import assign, keep_in_place
 from eplb_core.testing import loads, placements, topologies
 
@@ -256,3 +258,28 @@ def test_the_limits_hold_when_groups_change_nodes(data, limit):
         placed = rebalance(now, topology, num_groups=4, previous=first, **{option: limit})
         check_placement(placed, topology, 4 * size)
         assert total(moved_experts(first, placed, topology)) <= limit
+
+
+def test_ties_of_gain_go_to_the_lowest_layer():
+    moves, gain = np.full(60, 2), np.where(np.arange(60) % 3 == 0, 9.0, 5.0)
+    assert np.flatnonzero(share_out(moves, gain, 50)).tolist() == sorted([*range(0, 60, 3), 1, 2, 4, 5, 7])
+
+
+@given(problems(empty=True), st.sampled_from(["greedy", "refined", "incremental"]))
+def test_experts_that_stay_on_a_rank_keep_their_slot(problem, policy):
+    topology, load, previous = problem
+    placed = rebalance(load, topology, policy=policy, previous=previous)
+    assert (placed == previous).sum() == (preserve_slots(placed, previous, topology) == previous).sum()
+
+
+def test_groups_that_change_nodes_count_against_the_budget_and_others_do_not():
+    topology, num_groups = Topology(4, 3, num_nodes=2), 4
+    load = np.asarray([[8.0, 8, 4, 4, 1, 1, 1, 1], [3.0, 3, 3, 3, 3, 3, 3, 3]])
+    previous = np.asarray([[0, 1, 0, 1, 2, 3, 4, 5, 4, 5, 6, 7]] * 2)
+    hosted, spent = groups_by_node(load, previous, topology, num_groups)
+    assert [sorted(nodes) for nodes in hosted.reshape(2, 2, 2)[0].tolist()] != [[0, 1], [2, 3]]
+    assert spent.tolist() == [4, 0]
+    assert spent.dtype == np.int32
+    assert hosted[1].tolist() == [0, 1, 2, 3]
+    kept, nothing = groups_by_node(load, previous, topology, num_groups, max_moves=np.asarray([3, 3]))
+    assert (kept.tolist(), nothing.tolist()) == ([[0, 1, 2, 3]] * 2, [0, 0])

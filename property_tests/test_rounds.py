@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from eplb_core import plan_moves, schedule_rounds, verify_plan
 from eplb_core.rounds import colour_edges
 from eplb_core.testing import placement_pairs
-from property_tests.skewed import large_pairs
+from property_tests.skewed import SEEDS, large_pairs
 
 
 @st.composite
@@ -75,3 +75,22 @@ def test_a_group_of_layers_is_scheduled_alone(data, pair):
         return sorted(zip(*(column.tolist() for column in columns), strict=True))
 
     assert rows(part) == [row for row in rows(whole) if row[0] in layers]
+
+
+@given(st.integers(2, 40), st.integers(1, 12), SEEDS)
+def test_colours_where_most_edges_do_not_get_their_first_choice(size, degree, seed):
+    """The edges of some random permutations, in random order: every vertex has nearly the largest degree."""
+    rng = np.random.default_rng(seed)
+    edges = np.unique([(v, w) for _ in range(degree) for v, w in enumerate(rng.permutation(size))], axis=0)
+    src, dst = rng.permutation(edges).T
+    colour = colour_edges(src, dst, size)
+    largest = max(np.bincount(src).max(), np.bincount(dst).max())
+    assert np.isin(colour, np.arange(largest)).all()
+    for side in (src, dst):
+        assert len(np.unique(np.stack([side, colour]), axis=1).T) == len(src)
+
+
+def test_no_edges_have_no_colours():
+    nothing = np.zeros(0, dtype=np.int64)
+    assert colour_edges(nothing, nothing, 3).tolist() == []
+    assert colour_edges(nothing, nothing, 3).dtype == np.int64
