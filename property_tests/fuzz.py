@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_EXAMPLES, MOST_EXAMPLES = 30, 10_000
-TEST_SECONDS = 1800  # a test that takes longer hangs
-GRACE_SECONDS = 120  # a test that has begun may take longer by this, as shrinking does
+HANG_SECONDS = 300.0  # a test that takes longer than this and a second per example hangs
+GRACE_SECONDS = 120.0  # a test that has begun may take longer by this, as shrinking does
 TYPE_CHECKS = "--jaxtyping-packages=eplb_core,beartype.beartype"
 
 
@@ -50,11 +51,12 @@ def fuzz(
     *,
     rounds: float = math.inf,
     grace: float = GRACE_SECONDS,
+    hang: float = HANG_SECONDS,
 ) -> Tally:
     """Run the hypothesis tests under `folder`, in an order that changes, until `seconds` have passed.
 
-    Each pass is a process of its own; if it dies, the test that it was in is a finding, and the next pass leaves it
-    out, as it does all tests with a finding.
+    Each pass is a process of its own; if it dies or hangs, the test that it was in is a finding, and the next pass
+    leaves it out, as it does all tests with a finding.
 
     Args:
         folder: where test files are looked for, or one file.
@@ -62,68 +64,75 @@ def fuzz(
         keep: gets `examples` (hypothesis' database, which the next run tries first), `findings` and `events.jsonl`.
         options: further options for pytest.
         rounds: passes after which to stop even if there is time left.
-        grace: seconds after which a test that is still running is stopped.
+        grace: seconds, once time is over, after which a test that is still running is stopped.
+        hang: seconds, and one for each example, after which a test counts as one that hangs.
+
+    Raises:
+        RuntimeError: if pytest itself fails, such as for an option that it does not know.
     """
     keep.mkdir(parents=True, exist_ok=True)
     tally, until = Tally(), time.time() + seconds
     while time.time() < until and tally.rounds < rounds:
         examples = min(FIRST_EXAMPLES * 2**tally.rounds, MOST_EXAMPLES)
         before = len(tally.tests), len(tally.findings), tally.examples
-        died = _run_once(folder, keep, until, examples, tally, options, grace)
+        command = _command(folder, keep, until, examples, tally.findings, hang, options)
+        died = _run_once(command, keep, until + grace, examples, tally)
         tally.rounds += 1
         if not died and before == (len(tally.tests), len(tally.findings), tally.examples):
             break
     return tally
 
 
-def _run_once(folder, keep: Path, until: float, examples: int, tally: Tally, options, grace: float) -> bool:
-    """One pass. Whether its process died of its own."""
-    events = keep / "events.jsonl"
+def _run_once(command: list[str], keep: Path, until: float, examples: int, tally: Tally) -> bool:
+    """One pass, at most until `until`. Whether its process died of its own."""
+    events, log = keep / "events.jsonl", keep / "pytest.log"
     events.write_text("", encoding="utf-8")
-    files = [folder] if folder.is_file() else sorted(folder.rglob("test_*.py"))
-    random.SystemRandom().shuffle(files)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "property_tests.fuzz_recorder"]
-    command += [f"--fuzz-keep={keep}", f"--fuzz-examples={examples}", f"--fuzz-until={until}"]
-    command += [f"--fuzz-skip={test}" for test in tally.findings]
-    command += [f"--timeout={TEST_SECONDS}", "--continue-on-collection-errors", *options, *map(str, files)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    log = keep / "pytest.log"
+    environment, late = {**os.environ, "PYTHONPATH": path}, False
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": path}, stdout=output, stderr=output, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         try:
-            process.wait(max(until - time.time(), 0) + grace)
-            late = False
+            process.wait(max(until - time.time(), 0))
         except subprocess.TimeoutExpired:
             late = True
         finally:
             _kill(process)
+    end = log.read_text(encoding="utf-8", errors="replace")[-12_000:]
     running = _read(events, keep, examples, tally)
-    if running is not None and late:
+    if late:
         tally.unfinished = running
     elif running is not None:
-        _store(running, f"The process ended with status {process.returncode}.\n\n{_end(log)}", keep, examples, tally)
+        _store(running, f"The process ended with status {process.returncode}.\n\n{end}", keep, examples, tally)
     elif process.returncode not in (0, 1, 2, 5):
-        raise SystemExit(f"pytest ended with status {process.returncode}:\n{_end(log)}")
+        raise RuntimeError(f"pytest ended with status {process.returncode}:\n{end}")
     return running is not None and not late
 
 
+def _command(folder: Path, keep: Path, until: float, examples: int, skip, hang: float, options) -> list[str]:
+    """Files in random order, as one pass seldom gets through all."""
+    files = [folder] if folder.is_file() else sorted(folder.rglob("test_*.py"))
+    random.SystemRandom().shuffle(files)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "property_tests.fuzz_recorder"]
+    command += [f"--fuzz-keep={keep}", f"--fuzz-examples={examples}", f"--fuzz-until={until}"]
+    command += [f"--fuzz-skip={test}" for test in skip]
+    command += [f"--timeout={hang + examples}", "--timeout-method=thread", "--continue-on-collection-errors"]
+    return [*command, *options, *map(str, files)]
+
+
 def _kill(process: subprocess.Popen) -> None:
-    """With the processes that tests have started."""
+    """With the processes that tests have started; one that is still running writes its stacks to the log first."""
     if process.poll() is None:
+        process.send_signal(signal.SIGABRT)
+        time.sleep(1)
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _end(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")[-4000:]
+    process.wait()
 
 
 def _read(events: Path, keep: Path, examples: int, tally: Tally) -> str | None:
     """Add what happened to the tally. The test that had begun and not ended, if any."""
     running = None
-    for line in events.read_text(encoding="utf-8").splitlines():
+    for line in events.read_text(encoding="utf-8").split("\n")[:-1]:  # a last line without end was cut off
         event = json.loads(line)
         running = None if event["ended"] else event["test"]
         if event["ended"]:
@@ -149,14 +158,14 @@ def summary(tally: Tally, seconds: float) -> str:
         f"{len(tally.findings)} findings"
     ]
     if tally.unfinished:
-        lines.append(f"unfinished when the time was over: {tally.unfinished}")
+        lines.append(f"unfinished when the time was over: {tally.unfinished} (its stacks are in pytest.log)")
     for test, path in sorted(tally.findings.items()):
         lines.append(f"FAILED {test}\n       {path}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; the status is 1 if anything was found, 2 if there was nothing to run."""
+    """Run from the command line; the status is 1 if anything was found, 2 if nothing could be run."""
     parser = argparse.ArgumentParser(prog="python -m property_tests.fuzz", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "property_tests", help="tests; ours by default")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long no new test is refused")
@@ -165,7 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.folder == parser.get_default("folder"):
         options = [TYPE_CHECKS, *options]
     begun = time.time()
-    tally = fuzz(args.folder.resolve(), args.minutes * 60, args.keep.resolve(), options)
+    try:
+        tally = fuzz(args.folder.resolve(), args.minutes * 60, args.keep.resolve(), options)
+    except RuntimeError as error:
+        print(error)
+        return 2
     print(summary(tally, time.time() - begun))
     if not tally.tests and not tally.findings:
         print(f"no hypothesis test was run; see {args.keep / 'pytest.log'}")

@@ -95,14 +95,32 @@ def test_a_file_that_cannot_be_imported_is_a_finding(planted, tmp_path):
     assert any("test_broken.py" in test for test in tally.findings)
 
 
-def test_a_test_that_hangs_is_stopped_and_named(planted, tmp_path):
-    code = "import time\nfrom hypothesis import given, strategies as st\n"
-    code += "@given(st.integers())\ndef test_hanging(x):\n    time.sleep(600)\n"
-    (planted / "test_planted.py").write_text(code, encoding="utf-8")
+HANGING = """
+import time
+from hypothesis import given, strategies as st
+
+@given(st.integers())
+def test_hanging(x):
+    time.sleep(600)
+"""
+
+
+def test_a_test_that_hangs_is_a_finding_with_its_stacks(planted, tmp_path):
+    (planted / "test_hanging.py").write_text(HANGING, encoding="utf-8")
+    tally = fuzz(planted, 120, tmp_path / "kept", rounds=2, hang=-25)
+    report = next(path for test, path in tally.findings.items() if test.endswith("test_hanging"))
+    assert "time.sleep(600)" in report.read_text(encoding="utf-8")
+    assert {"test_rare", "test_sound", "runTest"} <= {test.rpartition("::")[2] for test in tally.tests}
+
+
+def test_a_test_that_runs_when_time_is_over_is_stopped_and_named(planted, tmp_path):
+    (planted / "test_planted.py").write_text(HANGING, encoding="utf-8")
     tally = fuzz(planted, 10, tmp_path / "kept", grace=1)
+    assert tally.unfinished is not None
     assert tally.unfinished.endswith("test_hanging")
     assert "test_hanging" in summary(tally, 1)
     assert not tally.findings
+    assert "in test_hanging" in (tmp_path / "kept" / "pytest.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("content", "status"), [(PLANTED, 1), (PLANTED.replace("x < 5000", "True"), 0), ("", 2)])
@@ -112,6 +130,11 @@ def test_the_status_says_whether_anything_was_found(tmp_path, content, status, c
     (folder / "test_planted.py").write_text(content, encoding="utf-8")
     assert main([str(folder), "--minutes", "0.1", "--keep", str(tmp_path / "kept")]) == status
     assert "findings" in capsys.readouterr().out
+
+
+def test_a_wrong_option_is_an_error_and_no_finding(planted, tmp_path, capsys):
+    assert main([str(planted), "--minutes", "1", "--keep", str(tmp_path / "kept"), "--no-such-option"]) == 2
+    assert "no-such-option" in capsys.readouterr().out
 
 
 def test_the_command_takes_our_tests_by_default(tmp_path):
