@@ -213,6 +213,14 @@ def main(quick: bool = False) -> None:
     spreading(load)
 
 
+READING = """
+Lost: `lose_ranks` takes several times as long to plan as SGLang, and with so few moves balances less well: SGLang
+moves nearly all experts. `rebalance` on a group that has grown by one rank sees little reason to move, and leaves the
+new rank with its copies; `spread="node"` costs moves and saves few of the experts that are lost with a node, as there
+are far more experts than redundant slots.
+"""
+
+
 def report() -> str:
     """The tables, as Markdown."""
     return printed(main)

@@ -64,6 +64,12 @@ def main() -> None:
         print(f"| {case.name} | best: {max(found, key=found.__getitem__)} | | | | |")
 
 
+READING = """
+Lost: no estimator is best on all traces. Averages help where windows are noisy, and hurt where load drifts without
+noise: there the last window alone is best.
+"""
+
+
 def report() -> str:
     """The tables, as Markdown."""
     return printed(main)

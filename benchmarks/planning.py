@@ -178,7 +178,7 @@ def verdict(taken: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def report(repeats: int = 15) -> str:
+def report(repeats: int = 9) -> str:
     """Ratios, goals, rounds and milliseconds of all shapes."""
     taken, rounds, alike = {}, [], {}
     for shape in SHAPES:
@@ -225,7 +225,7 @@ limit for the same decisions made one after another.
 def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=9)
     print(report(parser.parse_args().repeats))
 
 

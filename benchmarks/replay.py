@@ -48,6 +48,11 @@ def main() -> None:
         )
 
 
+READING = """
+Two processes need two idle cores to be faster, and for small sweeps they are not, as starting them takes longer.
+"""
+
+
 def report() -> str:
     """The tables, as Markdown."""
     return printed(main)

@@ -88,6 +88,13 @@ def main() -> None:
         print(f"| {name} | {' | '.join(f'{x:.3f}' for x in distance)} |")
 
 
+READING = """
+Lost: where load drifts slowly under noise, and in gpt-oss-20b by subject, shares of the last window are worse than even
+ones, as they follow what is gone by; those of the last four windows are about as good as even ones, or better. All are
+well below what shares could do if the window were known.
+"""
+
+
 def report() -> str:
     """The tables, as Markdown."""
     return printed(main)
