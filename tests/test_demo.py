@@ -9,28 +9,41 @@ import socket
 import threading
 import time
 import urllib.request
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from typer.testing import CliRunner
 
 from eplb_core import Topology
 from eplb_core.commands import app
+from eplb_core.elastic import grow
 from eplb_torch.balancer.config import BalancerConfig
-from eplb_torch.demo import run, serving, traffic
+from eplb_torch.demo import ranks, run, server, serving, traffic
 from eplb_torch.demo.corpus import read_domains
 from eplb_torch.demo.display import rank_bars, show_result
+from eplb_torch.demo.hosts import Hosts
 from eplb_torch.demo.live import LineView, LiveView, make_view
-from eplb_torch.demo.model import VOCAB_SIZE, new_model, save_model
-from eplb_torch.demo.ranks import RankFailure, run_ranks
+from eplb_torch.demo.loss import Recovered, Rehosted, describe_loss, rehosted
+from eplb_torch.demo.model import VOCAB_SIZE, expert_rows, load_model, new_model, save_model
+from eplb_torch.demo.ranks import Killed, RankFailure, run_ranks
 from eplb_torch.demo.record import Progress, Record, Step
 from eplb_torch.demo.results import DemoResult, PhaseResult, TrainingResult
+from eplb_torch.elastic import ElasticGroup
 
 SMALL = ["demo", "--ranks", "2", "--steps", "8"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded():
+    """Ranks are forked with what workers of this file import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "_PRELOAD", [*ranks._PRELOAD, "tests.test_demo"])
+        ranks.prepare_ranks()
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -141,52 +154,56 @@ def test_in_sync_mode_serving_waits_for_moves(tmp_path, small):
     assert re.search(r"Metrics of rank 0: http://127.0.0.1:[1-9]\d+/metrics\n", shown.output)
 
 
-def serve_with_experts_in_wrong_slots(rank, send, job):
-    genuine = serving.expert_parallel
+def serve_with_experts_in_wrong_slots(rank, send, store, job):
+    genuine = server.expert_parallel
 
-    def confused(*args):
-        experts = genuine(*args)
+    def confused(*args, **options):
+        experts = genuine(*args, **options)
         for tensor in experts.weights.layers[1].values():
             tensor.copy_(tensor.roll(rank, dims=0))
         return experts
 
-    serving.expert_parallel = confused
-    serving.serve_phases(rank, send, job)
+    server.expert_parallel = confused
+    serving.serve_phases(rank, send, store, job)
 
 
-def serve_badly_while_weights_move(rank, send, job):
-    genuine = serving.Server._forward
+def serve_badly_while_weights_move(rank, send, store, job):
+    genuine = server.Server._forward
 
     def slipping(self, share):
         logits = genuine(self, share)
         logits[-1, -1, 7] += 2e-4 * (self._moving and rank == 1)
         return logits
 
-    serving.Server._forward = slipping
-    serving.serve_phases(rank, send, job)
+    server.Server._forward = slipping
+    serving.serve_phases(rank, send, store, job)
 
 
 def serve_on_rank_0_alone_from_step(step, end):
     """A worker whose rank 1 comes to an end before a step."""
-    genuine, served = serving.Server.step, []
+    genuine, served = server.Server.step, []
 
     def mortal(self, requests):
-        if dist.get_rank() == 1 and len(served) == step:
+        if self.elastic.members.rank == 1 and len(served) == step:
             end()
         served.append(requests)
         return genuine(self, requests)
 
-    serving.Server.step = mortal
+    server.Server.step = mortal
 
 
-def serve_until_a_rank_dies(rank, send, job):
-    serve_on_rank_0_alone_from_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    serving.serve_phases(rank, send, job)
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def serve_until_a_rank_hangs(rank, send, job):
+def serve_until_a_rank_dies(rank, send, store, job):
+    serve_on_rank_0_alone_from_step(5, die)
+    serving.serve_phases(rank, send, store, job)
+
+
+def serve_until_a_rank_hangs(rank, send, store, job):
     serve_on_rank_0_alone_from_step(5, signal.pause)
-    serving.serve_phases(rank, send, job)
+    serving.serve_phases(rank, send, store, job)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +227,220 @@ def test_the_demo_fails_when_a_rank_errs_dies_or_hangs(worker, message, small, m
     assert not multiprocessing.active_children()
 
 
+KILL = ["demo", "--ranks", "3", "--steps", "8", "--kill-rank"]
+
+
+@pytest.mark.parametrize(("rank", "options"), [(1, []), (0, ["--sync", "--metrics-port", "0"])])
+def test_a_rank_is_killed_under_traffic_and_the_others_go_on(rank, options, tmp_path, small, monkeypatch):
+    monkeypatch.setattr(run, "make_phases", lambda *args: traffic.make_phases(*args)[:2])
+    file, left = tmp_path / "result.json", [i for i in range(3) if i != rank]
+    shown = CliRunner().invoke(app, [*KILL, str(rank), *options, "--json", str(file)])
+    assert shown.exit_code == 0, shown.output
+    result = json.loads(file.read_text())
+    loss, (prose, code) = result["loss"], result["phases"]
+    assert (result["slots_per_rank"], result["problems"]) == (20, [])
+    assert result["max_abs_logit_difference"] < 1e-9
+    # Whether of a rank that is left or of the one that was killed: what was served was compared.
+    for phase in (prose, code):
+        assert phase["requests"] == phase["requests_compared"] == 8 * phase["steps"]
+        assert phase["balancedness_after"] >= 0.85
+    assert None not in np.ravel(prose["rank_load_after"]).tolist() + np.ravel(code["rank_load_before"]).tolist()
+    for loads in code["rank_load_after"]:
+        assert [i for i in range(3) if loads[i] is None] == [rank]
+        assert sum(filter(None, loads)) == pytest.approx(4 * code["tokens"])
+    check_loss(loss, rank, left)
+    if "--sync" in options:
+        assert not loss["during_moves"]
+        assert f"Metrics of rank {left[0]}: http://127.0.0.1:" in shown.output
+    seconds = loss["total_ms"] / 1e3
+    assert (
+        f"Rank {rank} was killed; batch {loss['batch']} of code was served without it {seconds:.1f} s" in shown.output
+    )
+    assert "That leaves 40 slots per layer for 32 experts." in shown.output
+    assert f"{seconds:.3f} s in all, {loss['recovery_ms'] / 1e3:.3f} s of them after detection" in shown.output
+    assert re.search(rf"rank {rank} .*lost *\n", shown.output)
+
+
+def check_loss(loss, rank, left):
+    assert (loss["rank"], loss["traffic"], loss["attempts"]) == (rank, "code", 1)
+    assert 2 <= loss["batch"] <= 40
+    parts = [loss[f"{name}_ms"] for name in ("noticed", "silence", "agreeing", "connecting", "moving", "first_batch")]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(loss["total_ms"])
+    assert loss["total_ms"] - loss["noticed_ms"] - loss["silence_ms"] == pytest.approx(loss["recovery_ms"])
+    assert loss["silence_ms"] <= 2000
+    assert loss["total_ms"] < 30_000
+    assert sorted(loss["ranks"]) == [str(i) for i in left]
+    assert {told["slots"] for told in loss["ranks"].values()} == {20}
+    assert loss["from_checkpoint"] >= loss["lost_copies"] > 0
+    for name in ("from_copies", "from_checkpoint"):
+        assert loss[name] == sum(told[name] for told in loss["ranks"].values())
+    for name in ("before", "after", "in_the_end"):
+        assert 0.3 < loss[f"balancedness_{name}"] <= 1
+
+
+def serve_with_wrong_rows_after_a_loss(rank, send, store, job):
+    genuine = ElasticGroup.recover
+
+    def careless(self, *args, **options):
+        change = genuine(self, *args, **options)
+        (layer, slot, _), *_ = change.plans["main"].reload_slots().tolist()
+        host, local = divmod(slot, 20)
+        if host == self.members.rank:
+            for tensor in self.models["main"].weights.layers[layer].values():
+                tensor[local].mul_(1.5)
+        return change
+
+    ElasticGroup.recover = careless
+    serving.serve_phases(rank, send, store, job)
+
+
+def serve_while_another_rank_dies(rank, send, store, job):
+    if rank == 2:
+        genuine, served = server.Server._forward, []
+
+        def mortal(self, share):
+            if self.elastic.members.size == 2:
+                served.append(share)
+            return genuine(self, share) if len(served) < 3 else die()
+
+        server.Server._forward = mortal
+    serving.serve_phases(rank, send, store, job)
+
+
+def serve_while_another_rank_dies_in_recovery(rank, send, store, job):
+    if rank == 2:
+        ElasticGroup.recover = lambda *args, **options: die()
+    serving.serve_phases(rank, send, store, job)
+
+
+def serve_and_drop_an_output(rank, send, store, job):
+    genuine = server.Server._forward
+
+    def forgetful(self, share):
+        logits = genuine(self, share)
+        return None if self.elastic.members.size == 2 and rank == 2 else logits
+
+    server.Server._forward = forgetful
+    serving.serve_phases(rank, send, store, job)
+
+
+@pytest.mark.parametrize(
+    ("worker", "message"),
+    [
+        (serve_with_wrong_rows_after_a_loss, "prose: logits differ from the unmodified model's by"),
+        (serve_and_drop_an_output, "requests were compared with the unmodified model"),
+        (serve_while_another_rank_dies, "rank 2 died with exit code -9"),
+        (serve_while_another_rank_dies_in_recovery, "rank 2 died with exit code -9"),
+    ],
+)
+def test_a_loss_that_is_not_lived_through_is_a_failure(worker, message, small, monkeypatch):
+    monkeypatch.setattr(run, "GROUP_TIMEOUT", 20.0)
+    monkeypatch.setattr(run, "BALANCER_TIMEOUT", 10.0)
+    monkeypatch.setattr(run, "serve_phases", worker)
+    start = time.monotonic()
+    result = CliRunner().invoke(app, [*KILL, "1"])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert time.monotonic() - start < 90
+    assert not multiprocessing.active_children()
+
+
+def serve_where_ranks_end_a_step_differently(rank, send, store, job):
+    """All have served batch 5, and rank 0 knows; rank 1 then hangs until it is killed, and rank 2 never hears of it."""
+    genuine, joined = server.Server._join, []
+
+    def torn(self, *args):
+        step = genuine(self, *args)
+        joined.append(step)
+        if len(joined) == 5 and rank == 1:
+            signal.pause()
+        if len(joined) == 5 and rank == 2:
+            raise RuntimeError("[gloo] Connection closed by peer")
+        return step
+
+    server.Server._join = torn
+    serving.serve_phases(rank, send, store, job)
+
+
+def kill_rank_1_after_batch_5(message):
+    return 1 if isinstance(message, Progress) and message.step == 5 and len(message.rank_share) == 3 else None
+
+
+def test_a_batch_that_all_have_served_is_not_served_again(tmp_path):
+    save_model(new_model(seed=1), tmp_path)
+    batches = torch.randint(0, VOCAB_SIZE, (8, 3, 16), generator=torch.Generator().manual_seed(0))
+    phases = (traffic.Phase("prose", batches, batches, batches),)
+    config = BalancerConfig(window_size=8, step_interval=40, use_async=False, timeout=10.0)
+    job = server.Job(tmp_path, Topology(3, 18), config, phases, None, 30.0, silence=1.5, kill_rank=1)
+    worker = serve_where_ranks_end_a_step_differently
+    *messages, result = run_ranks(worker, 3, job, timeout=100, kill=kill_rank_1_after_batch_5)
+    progress = [message for message in messages if isinstance(message, Progress)]
+    assert [message.step for message in progress] == list(range(1, len(result.step_ms) + 1))
+    assert result.requests == result.requests_compared == 3 * len(progress)
+    (recovered,) = [message for message in messages if isinstance(message, Recovered)]
+    assert (recovered.traffic, recovered.batch) == ("prose", 6)
+    assert [np.isnan(message.rank_share).tolist() for message in progress[4:6]] == [[False] * 3, [False, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ranks", "4", "--kill-rank", "4"], "must be one of its ranks, 0 to 3; got 4"),
+        (["--ranks", "4", "--kill-rank", "-1"], "must be one of its ranks, 0 to 3; got -1"),
+        (
+            ["--ranks", "1", "--kill-rank", "0"],
+            "must leave a rank that serves; got 0 of 1 ranks. Use --ranks 2 or more",
+        ),
+        (["--kill-rank", "2", "--redundant", "8"], "10 slots on each of 3 ranks. Use --redundant 12 or more"),
+    ],
+)
+def test_a_loss_that_cannot_be_lived_through_is_refused(options, message):
+    result = CliRunner().invoke(app, ["demo", *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_of_redundant_slots_there_are_as_many_after_the_loss():
+    for size, slots in ((2, 40), (4, 14), (6, 8)):
+        topology = run._choose_slots(run.DemoOptions(ranks=size, kill_rank=0))
+        assert (topology.ep_size, topology.slots_per_rank) == (size, slots)
+    assert run._choose_slots(run.DemoOptions(kill_rank=0, redundant=12)).slots_per_rank == 11
+
+
+def test_a_rank_is_killed_once_while_weights_move_or_after_a_window():
+    phases = [traffic.Phase(name, *(torch.zeros(1, 1, 1),) * 3) for name in ("prose", "code", "mix")]
+
+    def killed_after(messages, rank=2, phases=phases):
+        killing = run.Killing(rank, phases)
+        asked = [killing(message) for message in messages]
+        return [i for i in range(len(asked)) if asked[i] is not None], killing.during_moves
+
+    def told(name, moving_from):
+        return [a_progress(traffic=name, step=i, during_moves=i >= moving_from) for i in range(1, 12)]
+
+    assert killed_after(told("prose", 1) + told("code", 3) + told("mix", 1)) == ([11 + 2], True)
+    assert killed_after([*told("prose", 1), Recovered, *told("code", 99)]) == ([12 + 7], False)
+    assert killed_after(told("prose", 4), phases=phases[:1]) == ([3], True)
+    assert killed_after(told("prose", 4), rank=None, phases=phases[:1]) == ([], False)
+
+
+def test_single_experts_are_read_as_the_model_was_loaded(tmp_path):
+    save_model(new_model(seed=4), tmp_path)
+    model, read = load_model(tmp_path), expert_rows(tmp_path)
+    for layer in range(4):
+        experts = model.model.layers[layer].mlp.experts
+        for name, tensor in experts.named_parameters():
+            assert torch.equal(read(layer, name, 7 * layer), tensor[7 * layer])
+
+
 def test_ranks_without_requests_serve_the_others(tmp_path):
     save_model(new_model(seed=1), tmp_path)
     batches = torch.randint(0, VOCAB_SIZE, (8, 1, 16), generator=torch.Generator().manual_seed(0))
     phases = tuple(traffic.Phase(name, batches, batches, batches) for name in ("prose", "code"))
     config = BalancerConfig(window_size=8, step_interval=3, use_async=False, timeout=10.0)
-    job = serving.Job(tmp_path, Topology(2, 18), config, phases, None, 30.0)
-    messages = list(run_ranks(serving.serve_phases, 2, job, timeout=100, group_timeout=30))
+    job = server.Job(tmp_path, Topology(2, 18), config, phases, None, 30.0)
+    messages = list(run_ranks(serving.serve_phases, 2, job, timeout=100))
     progress = [message for message in messages if isinstance(message, Progress)]
     # Loads of three windows make a decision, so of those at steps 1, 4, 7 and 10 the last knows this traffic alone.
     assert [message.step for message in progress] == 2 * list(range(1, 10 + 8 + 1))
@@ -226,63 +450,98 @@ def test_ranks_without_requests_serve_the_others(tmp_path):
         assert sum(result.decisions.values()) == 6
         assert result.max_abs_logit_difference < 1e-4
         assert result.tokens == 8 * 16
+        assert result.requests_compared == result.requests == 10 + 8
         assert result.rank_load_before.sum() == result.rank_load_after.sum() == 4 * 4 * 8 * 16
 
 
-def say_and_end(rank, send, word):
-    send((rank, word, dist.get_world_size()))
+def say_and_end(rank, send, store, word):
+    send((rank, word, store.add("came", 1)))
 
 
-def test_ranks_pass_messages_to_the_parent():
-    messages = run_ranks(say_and_end, 3, "hello", timeout=60, group_timeout=30)
-    assert sorted(messages) == [(rank, "hello", 3) for rank in range(3)]
+def test_ranks_share_a_store_and_pass_messages_to_the_parent():
+    messages = list(run_ranks(say_and_end, 3, "hello", timeout=60))
+    assert sorted(message[:2] for message in messages) == [(rank, "hello") for rank in range(3)]
+    assert sorted(message[2] for message in messages) == [1, 2, 3]
 
 
-def raise_on_rank_1(rank, send):
+def wait_for_all(rank, store, timeout):
+    store.set(f"came {rank}", "")
+    store.wait(["came 0", "came 1"], timedelta(seconds=timeout))
+
+
+def raise_on_rank_1(rank, send, store):
     if rank == 1:
         raise ValueError("no such expert")
-    dist.barrier()
+    wait_for_all(rank, store, 60)
 
 
-def die_on_rank_1(rank, send):
+def die_on_rank_1(rank, send, store):
     if rank == 1:
         os._exit(7)
-    dist.barrier()
+    wait_for_all(rank, store, 60)
 
 
-def stop_on_rank_1(rank, send):
+def stop_on_rank_1(rank, send, store):
     if rank == 1:
         signal.pause()
-    dist.barrier()
+    wait_for_all(rank, store, 4)
 
 
 @pytest.mark.parametrize(
-    ("worker", "group_timeout", "message"),
+    ("worker", "message"),
     [
-        (raise_on_rank_1, 60, "ValueError: no such expert"),
-        (die_on_rank_1, 60, "rank 1 died with exit code 7"),
-        (stop_on_rank_1, 4, r"ranks \[1\] had not finished and were stopped"),
+        (raise_on_rank_1, "ValueError: no such expert"),
+        (die_on_rank_1, "rank 1 died with exit code 7"),
+        (stop_on_rank_1, r"ranks \[1\] had not finished and were stopped"),
     ],
 )
-def test_a_lost_rank_is_named_and_ends_the_others(worker, group_timeout, message):
+def test_a_lost_rank_is_named_and_ends_the_others(worker, message):
     start = time.monotonic()
     with pytest.raises(RankFailure, match=message):
-        list(run_ranks(worker, 2, timeout=100, group_timeout=group_timeout))
+        list(run_ranks(worker, 2, timeout=100))
     assert time.monotonic() - start < 50
     assert not multiprocessing.active_children()
 
 
-def pause(rank, send):
+def pause(rank, send, store):
     send("ready")
     signal.pause()
 
 
 def test_ranks_end_with_their_time_and_with_the_interest_of_the_parent():
     with pytest.raises(RankFailure, match=r"ranks \[0, 1\] had not finished"):
-        list(run_ranks(pause, 2, timeout=5, group_timeout=60))
-    messages = run_ranks(pause, 2, timeout=60, group_timeout=60)
+        list(run_ranks(pause, 2, timeout=5))
+    messages = run_ranks(pause, 2, timeout=60)
     assert next(messages) == "ready"
     messages.close()
+    assert not multiprocessing.active_children()
+
+
+def talk_until_killed(rank, send, store, second_dies):
+    if rank == 1:
+        send("kill me")
+        while True:
+            send(b" " * 2**20)  # to be killed in the middle of a message, most likely
+    time.sleep(2)
+    if second_dies:
+        die()
+    send("still here")
+
+
+def kill_who_asks(message):
+    return 1 if message == "kill me" else None
+
+
+def test_the_parent_may_kill_a_rank_but_no_other_may_die():
+    start = time.monotonic()
+    messages = list(run_ranks(talk_until_killed, 2, False, timeout=60, kill=kill_who_asks))
+    told = [message for message in messages if not isinstance(message, bytes)]
+    (killed,) = [message for message in told if isinstance(message, Killed)]
+    assert told == ["kill me", killed, "still here"]
+    assert killed.rank == 1
+    assert start < killed.at < time.monotonic()
+    with pytest.raises(RankFailure, match="rank 0 died with exit code -9"):
+        list(run_ranks(talk_until_killed, 2, True, timeout=60, kill=kill_who_asks))
     assert not multiprocessing.active_children()
 
 
@@ -326,10 +585,15 @@ FOUND = np.asarray([[0, 1, 2, 0]], dtype=np.int32)
 def step(rank_load, load=(4, 2, 2), **changes):
     fields = {
         "tokens": 4,
+        "requests": 2,
+        "compared": 2,
+        "ranks": tuple(np.flatnonzero(~np.isnan(rank_load)).tolist()),
         "load": np.asarray([load]),
         "rank_load": np.asarray([rank_load], dtype=float),
         "seconds": 0.01,
         "stall_seconds": 0.001,
+        "planning_seconds": 0.5,
+        "moving_seconds": 0.25,
         "during_moves": False,
         "settled": False,
         "difference": 0.0,
@@ -341,7 +605,7 @@ def step(rank_load, load=(4, 2, 2), **changes):
 
 
 def record_of(*steps):
-    record = Record("prose", FOUND, TOPOLOGY)
+    record = Record("prose", Hosts(FOUND, TOPOLOGY, (0, 1), 2))
     record.steps += steps
     return record
 
@@ -364,7 +628,7 @@ def test_a_phase_is_measured_before_and_after_apart_from_what_lies_between():
     first = [step([3, 5], load=(2, 6, 0))] * 8
     after = [step([4, 4], moved_experts=1, bytes_moved=10)] * 8
     between = [step([0, 8], difference=1e-3)] * 5
-    result = record_of(*first, *between, *after, *between).result(after, {"balanced": 2}, 0.5, 0.25)
+    result = record_of(*first, *between, *after, *between).result(after, {"balanced": 2})
     assert result.tokens == 32
     np.testing.assert_array_equal(result.rank_load_before, [[8 * 7, 8 * 1]])
     np.testing.assert_array_equal(result.rank_load_after, [[32, 32]])
@@ -372,6 +636,25 @@ def test_a_phase_is_measured_before_and_after_apart_from_what_lies_between():
     assert (result.moved_experts, result.bytes_moved, result.max_abs_logit_difference) == (8, 80, 1e-3)
     assert (result.planning_ms, result.moving_ms, result.decisions) == (500, 250, {"balanced": 2})
     assert len(result.step_ms) == 26
+
+
+def test_the_figures_of_a_phase_in_which_a_rank_is_lost_are_of_those_who_are_left():
+    steps = [step([4, 4, 4], seconds=0.02)] * 10 + [step([9, np.nan, 3])] * 2 + [step([6, np.nan, 6])] * 8
+    record = Record("code", Hosts(np.asarray([[0, 1, 2, 0, 1, 2]]), Topology(3, 2), (0, 1, 2), 3))
+    record.steps += steps
+    progress, result = record.progress(None, 1), record.result(steps[-8:], {})
+    np.testing.assert_array_equal(progress.rank_share, [1, np.nan, 1])
+    assert progress.now == result.balancedness_after == 1.0
+    # Of the eight batches after the loss two were served with twelve tokens at nine to three.
+    assert result.around_loss == (1.0, pytest.approx(8 * 6 / (2 * 9 + 6 * 6)))
+    np.testing.assert_array_equal(result.rank_load_after, [[48, np.nan, 48]])
+    assert result.to_json()["rank_load_after"] == [[48, None, 48]]
+    assert not np.isnan(result.rank_load_before).any()
+    json.dumps(result.to_json(), allow_nan=False)
+    found = Record("mix", Hosts(np.asarray([[0, 1, 2, 0]]), Topology(2, 2), (0, 2), 3))
+    found.steps.append(step([6, np.nan, 2], load=(4, 4, 0)))
+    assert found.progress(None, 0).found == pytest.approx(4 / 6)  # half of expert 0 on each, and 1 beside it
+    assert found.result(found.steps, {}).around_loss is None
 
 
 def test_a_difference_that_is_no_number_is_not_lost():
@@ -414,6 +697,75 @@ def test_the_live_table_fits_a_narrow_terminal():
     assert re.search(r"rank 0 +█{6} +0\.50 *\n rank 1 +█{18} +1\.50", text)
 
 
+def a_loss(**changes):
+    recovered = Recovered(
+        traffic="code",
+        batch=9,
+        noticed_at=100.25,
+        agreeing=2.5,
+        connecting=0.125,
+        moving=0.5,
+        attempts=1,
+        served_at=104.0,
+        ranks={0: Rehosted(14, 3, 1), 2: Rehosted(14, 0, 8)},
+        lost_copies=9,
+    )
+    return describe_loss(Killed(1, 100.0), recovered._replace(**changes), 2.0, True)
+
+
+def test_the_time_of_a_loss_is_split_without_a_gap():
+    loss = a_loss()
+    assert (loss.noticed_ms, loss.silence_ms, loss.agreeing_ms) == (250, 2000, 500)
+    assert (loss.connecting_ms, loss.moving_ms, loss.first_batch_ms) == (125, 500, 625)
+    assert (loss.total_ms, loss.recovery_ms) == (4000, 1750)
+    assert (loss.from_copies, loss.from_checkpoint, loss.lost_copies) == (3, 9, 9)
+    sooner = a_loss(agreeing=0.5)
+    assert (sooner.silence_ms, sooner.agreeing_ms, sooner.total_ms) == (500, 0, 4000)
+
+
+def test_what_ranks_receive_is_what_the_plan_moves():
+    held, load = np.asarray([[0, 1, 2, 3, 0, 5], [0, 1, 2, 3, 4, 5]]), np.ones((2, 6))
+    plan = grow(held, load, Topology(3, 2), Topology(4, 2), joining_ranks=[3])
+    told = rehosted(plan, (0, 1, 4, 7))
+    assert list(told) == [0, 1, 4, 7]
+    assert plan.reload == ((0, 4),)
+    assert sum(rank.from_checkpoint for rank in told.values()) == 1
+    assert sum(rank.from_copies for rank in told.values()) == plan.num_moves - 1 > 1
+
+
+def test_a_loss_fits_a_narrow_terminal():
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=80, file=nowhere, force_terminal=True)
+        view, loss = make_view(console), a_loss()
+        for number in range(1, 12):
+            share = np.asarray([1.5, 1.0 if number < 9 else np.nan, 0.5])
+            view.show(a_progress(traffic="code", step=number, now=1.0, rank_share=share))
+        console.print(view.render())
+        assert "slots" not in console.export_text(clear=False)
+        view.show_loss(loss)
+        console.print(view.render())
+        show_result(console, demo_result(phase(around_loss=(0.8, 0.7)), kill_rank=1, loss=loss))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "Rank 1 was killed; batch 9 of code was served without it 4.0 s later." in text
+    assert "code    ████████✕██" in text
+    assert re.search(r"rank 0 +█{18} +1\.50 *\n rank 1 +lost *\n rank 2 +█{6} +0\.50", text)
+    assert text.count("experts    from the") == 2
+    assert re.search(r"rank 0 +14 +3 +1 *\n rank 1 +lost *\n rank 2 +14 +0 +8", text)
+    assert "   2.000 s for a sign of life, the time-out of detection\n" in text
+    assert "   0.500 s filling slots: 3 from copies, 9 from the checkpoint\n" in text
+    assert "   4.000 s in all, 1.750 s of them after detection\n" in text
+    assert "Balancedness 0.800 before, 0.700 right after, 0.900 at the end of the phase.\n" in text
+    assert "It had the last copy of 9 experts" in text
+
+
+def test_lines_tell_of_a_loss():
+    console = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
+    make_view(console).show_loss(a_loss())
+    assert console.export_text().startswith("Rank 1 was killed;")
+    console.file.close()
+
+
 def test_of_very_many_ranks_the_busiest_are_drawn():
     share = np.ones(40)
     share[[3, 39]] = 0.5, 3.0
@@ -427,6 +779,8 @@ def phase(**changes):
     fields = {
         "traffic": "prose",
         "tokens": 6,
+        "requests": 9,
+        "requests_compared": 9,
         "balancedness_before": 0.5,
         "balancedness_after": 0.9,
         "rank_load_before": np.asarray([[6.0, 2.0], [3.0, 5.0]]),
@@ -444,9 +798,24 @@ def phase(**changes):
     return PhaseResult(**fields | changes)
 
 
-def demo_result(*phases, use_async=True):
+def demo_result(*phases, use_async=True, **options):
     config = BalancerConfig(policy="greedy", use_async=use_async)
-    return DemoResult(Topology(2, 20), config, 0, TrainingResult(1, 1.0, 7.0, 6.0), phases, 1.0)
+    return DemoResult(Topology(2, 20), config, 0, TrainingResult(1, 1.0, 7.0, 6.0), phases, 1.0, **options)
+
+
+def test_the_loss_is_told_in_json():
+    result = demo_result(phase(), phase(around_loss=(0.8, 0.7)), kill_rank=1, loss=a_loss())
+    told = json.loads(json.dumps(result.to_json()))["loss"]
+    assert (told["rank"], told["ranks"]["2"]) == (1, {"slots": 14, "from_copies": 0, "from_checkpoint": 8})
+    assert (told["balancedness_before"], told["balancedness_after"], told["balancedness_in_the_end"]) == (0.8, 0.7, 0.9)
+    assert told["recovery_ms"] == 1750
+    assert demo_result(phase()).to_json()["loss"] is None
+
+
+def test_a_loss_that_nobody_noticed_is_a_problem():
+    assert demo_result(phase(), kill_rank=1, loss=a_loss()).problems() == []
+    (problem,) = demo_result(phase(), kill_rank=1).problems()
+    assert problem.startswith("no rank went on without rank 1")
 
 
 def test_figures_over_all_phases():
@@ -499,6 +868,7 @@ def test_a_port_in_use_is_refused_before_the_training():
         ({"balancedness_after": float("nan")}, "prose: balancedness"),
         ({"max_abs_logit_difference": 1e-4}, "prose: logits differ"),
         ({"max_abs_logit_difference": float("inf")}, "prose: logits differ"),
+        ({"requests_compared": 8}, "prose: 8 of 9 requests were compared"),
     ],
 )
 def test_broken_promises_are_found_in_any_phase(changes, problem):

@@ -3,12 +3,14 @@
 from types import TracebackType
 from typing import Protocol, Self
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from eplb_torch.demo.display import milliseconds, new_table, rank_bars, show_phase
+from eplb_torch.demo.display import loss_in_words, milliseconds, new_table, rank_bars, rehosted_table, show_phase
+from eplb_torch.demo.loss import LossResult
 from eplb_torch.demo.record import Progress
 from eplb_torch.demo.results import MIN_BALANCEDNESS, PhaseResult
 from eplb_torch.demo.traffic import WINDOW_STEPS
@@ -31,6 +33,10 @@ class View(Protocol):
 
     def show_phase(self, phase: PhaseResult) -> None:
         """Show what came of a phase."""
+        ...
+
+    def show_loss(self, loss: LossResult) -> None:
+        """Show that ranks go on without another."""
         ...
 
 
@@ -62,6 +68,10 @@ class LineView:
         self._console.print()
         show_phase(self._console, phase)
 
+    def show_loss(self, loss: LossResult) -> None:
+        """See `View.show_loss`."""
+        self._console.print(loss_in_words(loss))
+
 
 class LiveView:
     """A table with a row for each phase, how balanced its batches were one after another, and the ranks' loads now."""
@@ -69,6 +79,7 @@ class LiveView:
     def __init__(self, console: Console):
         self._console = console
         self._rows: dict[str, list[Progress]] = {}
+        self._loss: LossResult | None = None
         self._spinner = Spinner("dots", "starting the processes")
         self._live = Live(console=console, transient=True, refresh_per_second=8, get_renderable=self.render)
 
@@ -87,6 +98,11 @@ class LiveView:
         """See `View.show_phase`."""
         show_phase(self._console, phase)
 
+    def show_loss(self, loss: LossResult) -> None:
+        """See `View.show_loss`."""
+        self._console.print(loss_in_words(loss))
+        self._loss = loss
+
     def render(self) -> RenderableType:
         """Draw it all as of now."""
         if not self._rows:
@@ -94,7 +110,8 @@ class LiveView:
         rows = list(self._rows.values())
         last = rows[-1][-1]
         bars = Text(f"\n {last.traffic} now: load of each rank / mean in layer {last.layer}, the least balanced one")
-        return Group(_table(rows), _timelines(rows), bars, rank_bars({"": last.rank_share}, full=2.0))
+        parts = [_table(rows), _timelines(rows), bars, rank_bars({"": last.rank_share}, full=2.0)]
+        return Group(*parts if self._loss is None else [*parts, rehosted_table(self._loss)])
 
 
 def in_words(progress: Progress) -> str:
@@ -138,8 +155,10 @@ def _timelines(rows: list[list[Progress]]) -> Text:
     text.append("yellow", "yellow").append(": weights move)")
     for row in rows:
         text.append(f"\n {row[-1].traffic:8}")
-        for progress in row[-_TIMELINE_WIDTH:]:
-            text.append(_level(progress.now), _style(progress))
+        shown = row[-_TIMELINE_WIDTH:]
+        for before, progress in zip([row[0], *shown], shown, strict=False):
+            is_loss = np.isnan(progress.rank_share).sum() > np.isnan(before.rank_share).sum()
+            text.append("✕" if is_loss else _level(progress.now), "red" if is_loss else _style(progress))
     return text
 
 

@@ -1,6 +1,6 @@
 """A small Qwen3-MoE: its sizes, a short training, and its way through a folder to the ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
+
+from eplb_core.checkpoint import CheckpointRows
 
 NUM_LOGICAL = 32
 NUM_LAYERS = 4
@@ -100,6 +102,24 @@ def load_model(folder: Path) -> PreTrainedModel:
     return Qwen3MoeForCausalLM.from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager", output_router_logits=False
     )
+
+
+def expert_rows(folder: Path) -> Callable[[int, str, int], Tensor]:
+    """Read tensors of single experts, `(layer, name, expert) -> [...]`, equal to those of `load_model`.
+
+    The checkpoint has the experts one by one, and their gates beside what they multiply, as the released ones have.
+    """
+
+    def key(layer: int, name: str, expert: int) -> str:
+        return f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight"
+
+    rows = CheckpointRows(folder, key, framework="torch")
+
+    def read(layer: int, name: str, expert: int) -> Tensor:
+        parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+        return torch.cat([rows(layer, part, expert) for part in parts]).to(torch.float64)
+
+    return read
 
 
 def _draw(texts: Sequence[Tensor], generator: torch.Generator) -> Int[Tensor, "sequences length"]:

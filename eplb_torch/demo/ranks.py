@@ -1,10 +1,9 @@
-"""Processes that share a process group, and a parent that outlives none of their failures."""
+"""Processes that share a store, and a parent that ends them all at the first failure but the one that it plans."""
 
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -12,16 +11,32 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+_HOST = "127.0.0.1"
 _GRACE_SECONDS = 1.0
-_PRELOAD = ["torch.distributed", "transformers.models.qwen3_moe.modeling_qwen3_moe"]
+_STORE_SECONDS = 60.0  # that a rank may wait for the parent's store
+_PRELOAD = ["transformers.models.qwen3_moe.modeling_qwen3_moe", "eplb_torch.demo.serving"]
 
 Send = Callable[[Any], None]
 """Passes a picklable message to the parent."""
+
+Kill = Callable[[Any], int | None]
+"""Says after a message which rank to kill now, or None."""
+
+
+class Killed(NamedTuple):
+    """A rank was killed, with SIGKILL, as it was asked for.
+
+    rank: which.
+    at: seconds, as `time.monotonic` counts them on this machine, in any process.
+    """
+
+    rank: int
+    at: float
 
 
 class RankFailure(RuntimeError):
@@ -36,47 +51,48 @@ def prepare_ranks() -> None:
 
 
 def run_ranks(
-    worker: Callable[..., None], ep_size: int, *args: Any, timeout: float, group_timeout: float
+    worker: Callable[..., None], ep_size: int, *args: Any, timeout: float, kill: Kill = lambda _: None
 ) -> Generator[Any, None, None]:
-    """Run `worker(rank, send, *args)` on `ep_size` processes of one Gloo group and yield what they send.
+    """Run `worker(rank, send, store, *args)` on `ep_size` processes and yield what they send.
 
-    No process outlives the iteration, whether it ends, raises or is abandoned.
+    The parent serves the store, which therefore outlives every rank. No process outlives the iteration, whether it
+    ends, raises or is abandoned.
 
     Args:
         worker: a function at module level. It and `args` must be picklable.
-        ep_size: processes to start; they are the ranks of the default process group.
+        ep_size: processes to start.
         args: given to every rank.
         timeout: seconds that all of it may take.
-        group_timeout: seconds that a rank may wait for the others in one collective.
+        kill: may have a rank killed after a message. That it dies is no failure.
 
     Yields:
-        Messages, in the order in which each rank sent them.
+        Messages, in the order in which each rank sent them, and a `Killed` after the one after which a rank was killed.
 
     Raises:
         RankFailure: soon after the first failure, with all that went wrong.
     """
     context: Any = multiprocessing.get_context(_start_method())
-    with tempfile.TemporaryDirectory(prefix="eplb-") as folder:
-        store = os.path.join(folder, "rendezvous")
-        processes, pipes = {}, {}
-        try:
-            for rank in range(ep_size):
-                pipes[rank], theirs = context.Pipe(duplex=False)
-                job = (theirs, worker, rank, ep_size, store, group_timeout, args)
-                processes[rank] = context.Process(target=_rank_main, args=job, daemon=True)
-                processes[rank].start()
-                theirs.close()
-            yield from _follow(pipes, processes, time.monotonic() + timeout)
-        finally:
-            for process in processes.values():
-                process.kill()
-            for rank, process in processes.items():
-                process.join()
-                pipes[rank].close()
+    server = _store(0, is_master=True)
+    processes, pipes = {}, {}
+    try:
+        for rank in range(ep_size):
+            pipes[rank], theirs = context.Pipe(duplex=False)
+            job = (theirs, worker, rank, ep_size, server.port, args)
+            processes[rank] = context.Process(target=_rank_main, args=job, daemon=True)
+            processes[rank].start()
+            theirs.close()
+        yield from _follow(pipes, processes, time.monotonic() + timeout, kill)
+    finally:
+        for process in processes.values():
+            process.kill()
+        for rank, process in processes.items():
+            process.join()
+            pipes[rank].close()
+        del server
 
 
-def _follow(pipes: dict[int, Connection], processes: dict[int, Any], deadline: float) -> Iterator[Any]:
-    running, failures = dict(pipes), []
+def _follow(pipes: dict[int, Connection], processes: dict[int, Any], deadline: float, kill: Kill) -> Iterator[Any]:
+    running, killed, failures = dict(pipes), set[int](), []
     while running:
         ready = wait(running.values(), max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -85,10 +101,17 @@ def _follow(pipes: dict[int, Connection], processes: dict[int, Any], deadline: f
         for rank in [rank for rank in running if running[rank] in ready]:
             kind, value = _receive(running[rank], processes[rank])
             if kind == "message":
+                victim = kill(value)
+                at = time.monotonic()
+                if victim is not None:
+                    killed.add(victim)
+                    processes[victim].kill()
                 yield value
+                if victim is not None:
+                    yield Killed(victim, at)
                 continue
             del running[rank]
-            if kind == "failure":
+            if kind == "failure" and rank not in killed:
                 failures.append(f"rank {rank} {value}")
                 # Ranks that wait for a lost one fail because of it, maybe sooner than its own end is seen.
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
@@ -99,44 +122,33 @@ def _follow(pipes: dict[int, Connection], processes: dict[int, Any], deadline: f
 def _receive(pipe: Connection, process: Any) -> tuple[str, Any]:
     try:
         return pipe.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # the latter where it died in the middle of a message
         process.join(_GRACE_SECONDS)
         return "failure", f"died with exit code {process.exitcode}"
 
 
 def _rank_main(
-    pipe: Connection,
-    worker: Callable[..., None],
-    rank: int,
-    ep_size: int,
-    store: str,
-    group_timeout: float,
-    args: tuple[Any, ...],
+    pipe: Connection, worker: Callable[..., None], rank: int, ep_size: int, port: int, args: tuple[Any, ...]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its ranks
+    torch.set_num_threads(max((os.cpu_count() or 1) // ep_size, 1))
     status = 0
     try:
-        _join_group(rank, ep_size, store, group_timeout)
-        worker(rank, lambda value: pipe.send(("message", value)), *args)
+        worker(rank, lambda value: pipe.send(("message", value)), _store(port, is_master=False), *args)
         pipe.send(("end", None))
     except BaseException:
         status = 1
         with suppress(OSError):
             pipe.send(("failure", f"raised\n{traceback.format_exc()}"))
     pipe.close()
-    # Without the threads of the process group, which may wait for peers that are gone.
+    # Without the threads of the process groups, which may wait for peers that are gone.
     os._exit(status)
 
 
-def _join_group(rank: int, ep_size: int, store: str, group_timeout: float) -> None:
-    torch.set_num_threads(max((os.cpu_count() or 1) // ep_size, 1))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=ep_size,
-        timeout=timedelta(seconds=group_timeout),
-    )
+def _store(port: int, *, is_master: bool) -> Any:
+    limit = timedelta(seconds=_STORE_SECONDS)
+    make_store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    return make_store(_HOST, port, is_master=is_master, wait_for_workers=False, timeout=limit)
 
 
 def _start_method() -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from eplb_core import Topology, rank_load
+from eplb_torch.demo.hosts import Hosts, balancedness_of_layers
 from eplb_torch.demo.results import PhaseResult, median, overall_balancedness
 from eplb_torch.demo.traffic import WINDOW_STEPS
 
@@ -15,11 +15,14 @@ from eplb_torch.demo.traffic import WINDOW_STEPS
 class Step:
     """One batch as all ranks together served it: one forward each, and the boundary after it.
 
-    tokens: of the batch.
+    tokens, requests: in the batch.
+    compared: requests whose logits were compared with the unmodified model's.
+    ranks: that served it.
     load: `[layers, logical]` of all ranks.
-    rank_load: `[layers, ep_size]` under the placement that the batch was served by.
+    rank_load: `[layers, ep_size]` under the placement that the batch was served by; NaN for lost ranks.
     seconds: of the forward and of `ExpertBalancer.step`, on the slowest rank.
     stall_seconds: of `ExpertBalancer.step` alone, on the slowest rank.
+    planning_seconds, moving_seconds: of the balancer so far in this phase, on the slowest rank.
     during_moves: whether weights were on their way to another placement meanwhile, on any rank.
     settled: whether they are not, on all ranks, and the balancer has decided often enough to know this traffic.
     difference: largest of any logit from the unmodified model's, on any rank.
@@ -28,10 +31,15 @@ class Step:
     """
 
     tokens: int
+    requests: int
+    compared: int
+    ranks: tuple[int, ...]
     load: Int[np.ndarray, "layers logical"]
     rank_load: Float[np.ndarray, "layers ep_size"]
     seconds: float
     stall_seconds: float
+    planning_seconds: float
+    moving_seconds: float
     during_moves: bool
     settled: bool
     difference: float
@@ -55,7 +63,7 @@ class Progress(NamedTuple):
     stall_ms: milliseconds spent in the balancer's `step`, so far in this phase.
     difference: largest of all logits so far in this phase.
     layer: the least balanced one in the last batches.
-    rank_share: `[ep_size]` load of each rank / mean, in that layer.
+    rank_share: `[ep_size]` load of each rank / mean, in that layer; NaN for lost ranks.
     """
 
     traffic: str
@@ -81,18 +89,17 @@ class Record:
 
     Args:
         traffic: what is served.
-        found: `[layers, slots]` the placement in force when it began.
-        topology: sizes of the group.
+        found: where experts were when it began.
     """
 
-    def __init__(self, traffic: str, found: Int[np.ndarray, "layers slots"], topology: Topology):
-        self._traffic, self._found, self._topology = traffic, found, topology
+    def __init__(self, traffic: str, found: Hosts):
+        self._traffic, self._found = traffic, found
         self.steps: list[Step] = []
 
     def progress(self, predicted: float | None, decisions: int) -> Progress:
         """Sum up the steps so far."""
-        window = np.sum([step.rank_load for step in self.steps[-WINDOW_STEPS:]], axis=0)
-        layer = int(np.argmin(window.mean(axis=1) / window.max(axis=1)))
+        window = _load_of(self.steps[-WINDOW_STEPS:])
+        layer = int(np.argmin(balancedness_of_layers(window)))
         step_ms, during_moves = self._step_ms(), self._during_moves()
         return Progress(
             traffic=self._traffic,
@@ -110,36 +117,47 @@ class Record:
             stall_ms=1e3 * sum(step.stall_seconds for step in self.steps),
             difference=self._difference(),
             layer=layer,
-            rank_share=window[layer] / window[layer].mean(),
+            rank_share=window[layer] / np.nanmean(window[layer]),
         )
 
-    def result(
-        self, after_steps: list[Step], decisions: dict[str, int], planning_seconds: float, moving_seconds: float
-    ) -> PhaseResult:
+    def result(self, after_steps: list[Step], decisions: dict[str, int]) -> PhaseResult:
         """Sum up the phase, some of whose steps served fresh batches when the balancer had acted."""
-        before, after = self._load_before(), np.sum([step.rank_load for step in after_steps], axis=0)
+        before, after, last = self._load_before(), _load_of(after_steps), self.steps[-1]
         return PhaseResult(
             traffic=self._traffic,
             tokens=sum(step.tokens for step in self.steps[:WINDOW_STEPS]),
+            requests=sum(step.requests for step in self.steps),
+            requests_compared=sum(step.compared for step in self.steps),
             balancedness_before=overall_balancedness([before]),
             balancedness_after=overall_balancedness([after]),
             rank_load_before=before,
             rank_load_after=after,
             moved_experts=sum(step.moved_experts for step in self.steps),
             bytes_moved=sum(step.bytes_moved for step in self.steps),
-            planning_ms=1e3 * planning_seconds,
-            moving_ms=1e3 * moving_seconds,
+            planning_ms=1e3 * last.planning_seconds,
+            moving_ms=1e3 * last.moving_seconds,
             max_abs_logit_difference=self._difference(),
             stall_ms=1e3 * sum(step.stall_seconds for step in self.steps),
             decisions=decisions,
             step_ms=self._step_ms(),
             during_moves=self._during_moves(),
+            around_loss=self._around_loss(),
         )
 
     def _load_before(self) -> Float[np.ndarray, "layers ep_size"]:
         """Of the first batches under the placement that they found, whatever has moved since."""
         load = np.sum([step.load for step in self.steps[:WINDOW_STEPS]], axis=0)
-        return np.asarray(rank_load(self._found, load, self._topology))
+        return self._found.rank_load(load)
+
+    def _around_loss(self) -> tuple[float, float] | None:
+        """Balancedness of the last batches before the first loss, and of the first after it."""
+        ranks = [step.ranks for step in self.steps]
+        for i in range(1, len(ranks)):
+            if ranks[i] != ranks[i - 1]:
+                parts = self.steps[max(i - WINDOW_STEPS, 0) : i], self.steps[i : i + WINDOW_STEPS]
+                before, after = (overall_balancedness([_load_of(steps)]) for steps in parts)
+                return before, after
+        return None
 
     def _difference(self) -> float:
         return float(np.max([step.difference for step in self.steps]))
@@ -149,3 +167,7 @@ class Record:
 
     def _during_moves(self) -> np.ndarray:
         return np.asarray([step.during_moves for step in self.steps])
+
+
+def _load_of(steps: list[Step]) -> Float[np.ndarray, "layers ep_size"]:
+    return np.sum([step.rank_load for step in steps], axis=0)

@@ -10,9 +10,12 @@ from jaxtyping import Bool, Float
 
 from eplb_core import Topology
 from eplb_torch.balancer.config import BalancerConfig
+from eplb_torch.demo.loss import LossResult
 
 MIN_BALANCEDNESS = 0.85
 MAX_LOGIT_DIFFERENCE = 1e-4
+
+_NOT_IN_JSON = ("during_moves", "around_loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +27,10 @@ class PhaseResult:
 
     traffic: what was served.
     tokens: in the batches before; as many were in those after.
+    requests, requests_compared: served in all, and how many of them by the unmodified model as well.
     balancedness_before, balancedness_after: sum of the layers' mean rank loads / sum of their maxima.
-    rank_load_before, rank_load_after: `[layers, ep_size]` tokens per rank, each counted once for each of its experts.
+    rank_load_before, rank_load_after: `[layers, ep_size]` tokens per rank, each counted once for each of its
+        experts; NaN for lost ranks.
     moved_experts: (layer, rank, expert) that a rank received.
     bytes_moved: payload between processes.
     planning_ms: milliseconds of planning, on the slowest rank.
@@ -35,10 +40,13 @@ class PhaseResult:
     decisions: how many the balancer made, by reason.
     step_ms: `[steps]` milliseconds from the beginning of each forward to the end of the balancer's `step`.
     during_moves: `[steps]` whether weights were on their way meanwhile.
+    around_loss: balancedness of the last batches before a rank was lost and of the first after it; None without one.
     """
 
     traffic: str
     tokens: int
+    requests: int
+    requests_compared: int
     balancedness_before: float
     balancedness_after: float
     rank_load_before: Float[np.ndarray, "layers ep_size"]
@@ -52,6 +60,7 @@ class PhaseResult:
     decisions: dict[str, int]
     step_ms: Float[np.ndarray, " steps"]
     during_moves: Bool[np.ndarray, " steps"]
+    around_loss: tuple[float, float] | None = None
 
     @property
     def steps_during_moves(self) -> int:
@@ -60,7 +69,7 @@ class PhaseResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers, strings and lists."""
-        fields = {key: _plain(value) for key, value in asdict(self).items() if key != "during_moves"}
+        fields = {key: _plain(value) for key, value in asdict(self).items() if key not in _NOT_IN_JSON}
         return fields | _pace([self])
 
 
@@ -89,6 +98,8 @@ class DemoResult:
     training: how the model came about.
     phases: what was served, in order.
     seconds: wall-clock time of the run.
+    kill_rank: the rank that was to be killed, None for none.
+    loss: what became of that.
     """
 
     topology: Topology
@@ -97,6 +108,8 @@ class DemoResult:
     training: TrainingResult
     phases: tuple[PhaseResult, ...]
     seconds: float
+    kill_rank: int | None = None
+    loss: LossResult | None = None
 
     @property
     def max_abs_logit_difference(self) -> float:
@@ -117,7 +130,16 @@ class DemoResult:
                     f"{phase.traffic}: logits differ from the unmodified model's by "
                     f"{phase.max_abs_logit_difference:.1e}, not less than {MAX_LOGIT_DIFFERENCE:.0e}"
                 )
-        if self.config.use_async and not any(phase.steps_during_moves for phase in self.phases):
+            if phase.requests_compared != phase.requests:
+                found.append(
+                    f"{phase.traffic}: {phase.requests_compared} of {phase.requests} requests were compared with the "
+                    "unmodified model"
+                )
+        if self.kill_rank is not None and self.loss is None:
+            found.append(f"no rank went on without rank {self.kill_rank}, so living through a loss was not shown")
+        # Where one of two ranks is killed, each has a copy of everything from the beginning.
+        can_move = self.kill_rank is None or self.topology.ep_size > 2
+        if self.config.use_async and can_move and not any(phase.steps_during_moves for phase in self.phases):
             found.append("no batch was served while weights moved, so serving beside moves was not shown")
         return found
 
@@ -144,14 +166,30 @@ class DemoResult:
             "seconds": self.seconds,
             "problems": self.problems(),
             "training": asdict(self.training),
+            "loss": self._loss_to_json(),
             "phases": [phase.to_json() for phase in self.phases],
         }
+
+    @property
+    def loss_phase(self) -> PhaseResult | None:
+        """The phase in which a rank was lost."""
+        return next((phase for phase in self.phases if phase.around_loss is not None), None)
+
+    def _loss_to_json(self) -> dict[str, Any] | None:
+        if self.loss is None:
+            return None
+        phase, figures = self.loss_phase, self.loss.to_json()
+        if phase is not None and phase.around_loss is not None:
+            before, after = phase.around_loss
+            figures |= {"balancedness_before": before, "balancedness_after": after}
+            figures |= {"balancedness_in_the_end": phase.balancedness_after}
+        return figures
 
 
 def overall_balancedness(rank_loads: Sequence[Float[np.ndarray, "layers ep_size"]]) -> float:
     """Return the balancedness of all layers of all arrays: sum of means / sum of maxima."""
     layers = np.concatenate(rank_loads)
-    return float(layers.mean(axis=1).sum() / layers.max(axis=1).sum())
+    return float(np.nanmean(layers, axis=1).sum() / np.nanmax(layers, axis=1).sum())
 
 
 def median(values: Float[np.ndarray, " values"]) -> float:
@@ -172,4 +210,8 @@ def _pace(phases: Sequence[PhaseResult]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(value, np.ndarray):
+        return value
+    plain = value.astype(object)
+    plain[np.isnan(value)] = None
+    return plain.tolist()
