@@ -97,6 +97,7 @@ def test_members_come_and_go_and_nothing_is_computed_wrongly(tmp_path):
     assert sum(report.events.values()) >= 8
     assert report.served > 30
     assert (report.wrong_tokens, report.wrong_rows, report.lost_in_vain, report.evicted) == (0, 0, 0, 0), report
+    assert report.threads < 20
 
 
 # A real model

@@ -8,6 +8,7 @@ import torch
 
 from eplb_core import EMPTY, EplbError, Topology, apply_moves, plan_moves, round_robin
 from eplb_torch import ExpertWeights, InProcessWorld, ProcessGroupTransport, RearrangeError, rearrange
+from eplb_torch.in_process import InProcessTransport
 from tests.expert_rows import expert_layers, wrong_rows
 from tests.multiprocess import run_ranks
 
@@ -154,6 +155,40 @@ def test_staging_is_bounded_by_groups_of_layers():
     for limit in (4000, 8000, 2**30):
         reports = on_threads(InProcessWorld(4), run, limit)
         assert max(report.peak_staging_bytes for report in reports) <= limit
+
+
+def test_a_layer_that_stops_between_two_parts_is_named_and_served_as_told():
+    """Two independent swaps in each layer, memory for one of them, and a failure in the fourth part."""
+    topology = Topology(ep_size=2, slots_per_rank=4)
+    old = np.tile(np.arange(8), (2, 1))
+    new = np.tile([4, 1, 2, 7, 0, 5, 6, 3], (2, 1))
+    parts_left = {0: 4, 1: 4}
+
+    class Failing(InProcessTransport):
+        def exchange(self, sends, recvs, timeout):
+            parts_left[self.rank] -= 1
+            if parts_left[self.rank] == 0:
+                raise RuntimeError("told to")
+            super().exchange(sends, recvs, timeout)
+
+    def run(transport):
+        transport = Failing(transport.world, transport.rank)
+        weights = ExpertWeights(expert_layers(old, topology, transport.rank))
+        limit = weights.row_bytes(0) + 64
+        with pytest.raises(RearrangeError) as caught:
+            rearrange(weights, plan_moves(old, new, topology), topology, transport, timeout=5, max_staging_bytes=limit)
+        held = caught.value.placement(old, new)
+        return caught.value, held, wrong_rows(list(weights.layers), held, topology, transport.rank)
+
+    results = on_threads(InProcessWorld(2), run)
+    for error, held, wrong in results:
+        assert (error.committed_layers, error.uncommitted_layers, error.split_layers) == ((0,), (1,), (1,))
+        assert held[0].tolist() == new[0].tolist()
+        changed = (held[1] != old[1]).nonzero()[0].tolist()
+        assert changed in ([0, 4], [3, 7])
+        assert sorted(held[1].tolist()) == list(range(8))
+        assert wrong == []
+        assert "Partly committed: [1]" in str(error)
 
 
 def test_apply_moves_is_the_meaning():

@@ -72,11 +72,6 @@ class Parcel:
         self.packed_bytes = self._checksums.stop
         self._direct, self.num_bytes = _lay_out(weights, layers, wire, True, aligned(self.packed_bytes))
 
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes that travel."""
-        return self.packed_bytes + sum(block.end - block.start for block in self._direct)
-
     def send_from(self, rows: Sequence[Row], staging: Staging) -> list[Tensor]:
         """The messages, in order. Packs what is packed; direct rows are the given tensors themselves."""
         messages = []
