@@ -76,6 +76,21 @@ def test_leaving_ranks_send_first(case):
     assert plan.reload == ()
 
 
+def test_moves_by_node_have_relays():
+    topology, load = Topology(2, 2), np.asarray([[9, 9, 1, 1]])
+    plan = grow(np.asarray([[0, 1, 2, 3]]), load, topology, Topology(4, 2, num_nodes=2))
+    assert plan.moves().relay_slot is None
+    assert plan.moves(fan_out="node").relay_slot is not None
+
+
+def test_ids_are_32_bits_wide(case):
+    held, load, topology = case
+    larger = Topology(topology.ep_size + 1, topology.slots_per_rank)
+    for plan in (lose_ranks(held, load, topology, [1]), grow(held, load, topology, larger)):
+        arrays = plan.placement, plan.old, plan.new, plan.new_rank, plan.reload_slots()
+        assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+
+
 def test_nothing_changes_when_nobody_goes_or_joins(case):
     held, load, topology = case
     for plan in (lose_ranks(held, load, topology, []), shrink(held, load, topology, [])):

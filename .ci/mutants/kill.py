@@ -118,9 +118,11 @@ def _in_fork(run, timeout: float):
             answer = json.dumps(run()).encode()
         except BaseException as error:
             answer = json.dumps(f"raised {error!r}").encode()
-        with os.fdopen(writer, "wb") as pipe:
-            pipe.write(answer)
-        os._exit(0)
+        try:
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(answer)
+        finally:
+            os._exit(0)
     os.close(writer)
     answer, end = b"", time.monotonic() + timeout
     while select.select([reader], [], [], max(end - time.monotonic(), 0.0))[0]:
