@@ -113,6 +113,8 @@ def test_a_claim_that_is_not_made_is_not_checked():
     check_policy(always(HELD), LATER, fair_copies=True, **everything)
     holed = [[0, 1, 2, EMPTY], [0, 1, 2, EMPTY]]
     check_policy(always(holed), CASE, allow_empty=True)
+    twice = PolicyCase(LOAD[:1], TOPOLOGY, np.asarray([[1, 1, 0, 2]]))
+    check_policy(always([[1, 0, 0, 2]]), twice, keeps_slots=True)
     whole = PolicyCase(LOAD[:, :1], TOPOLOGY)
     check_policy(always([[0, 0, 0, 0]] * 2), whole, distinct=True)
 
@@ -166,6 +168,8 @@ def test_an_executor_may_return_rows_or_write_them():
     check_executor(lambda *_: changed(0, 1, MOVE.rows[0, 3]), MOVE)
     holed = MOVE._replace(new=np.asarray([[1, 0, 2, 0], [0, 1, 2, EMPTY]]))
     check_executor(lambda *_: changed(1, 3, 77), holed)
+    emptied = holed._replace(old=np.asarray([[0, 1, 2, 0], [0, EMPTY, 2, 1]]), new=holed.new[:, [0, 1, 2, 3]])
+    check_executor(lambda *_: changed(1, [1, 3], MOVE.rows[1, [3, 0]]), emptied)
 
 
 def test_bits_count_not_values():
