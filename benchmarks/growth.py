@@ -156,9 +156,10 @@ def far(ranks: dict[int, dict[str, Point]]) -> str:
         )
         seconds[name] = milliseconds / 1e3
         rows.append([f"`{name}`", f"{seconds[name]:.1f} s", f"{mebibytes / 1024:.2f} GiB"])
+    alone = seconds["incremental"] / 58
     sharing = (
-        f"One layer per rank and an all-gather would bring `incremental` to {seconds['incremental'] / 58:.1f} s at best; "
-        "`schedule_rounds` would have to take some layers at a time, or tables by node, to need less memory."
+        f"One layer per rank and an all-gather would bring `incremental` to {alone:.1f} s at best; `schedule_rounds` "
+        "would have to take some layers at a time, or tables by node, to need less memory."
     )
     return table([f"{FAR} ranks, 58 layers, on paper", "time", "peak memory"], rows) + "\n\n" + sharing
 
