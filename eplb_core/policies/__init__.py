@@ -58,7 +58,7 @@ def rebalance(
         max_moves: (incremental) experts that may be moved per layer. Experts without any copy get one regardless;
             so do those whose group is not on one node in `previous`, if groups are respected.
         max_total_moves: (incremental) experts that may be moved in all layers together, spent in the layers where
-            a move takes most off the busiest rank.
+            a move takes most off the busiest rank. The exceptions of `max_moves` hold here too, and may exceed it.
         cross_node_cost: (incremental) cost of a swap between nodes, that within a node being 1.
         risk: standard deviations between windows by which each expert counts as hotter than its mean.
         spread: `"node"` puts the copies of every expert that has several on at least two nodes, so that it survives
