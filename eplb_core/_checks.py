@@ -94,6 +94,11 @@ def at(bad: Any) -> str:
     return f"[{', '.join(map(str, found))}{more}]"
 
 
+def host_array(x: Any) -> np.ndarray:
+    """Give `x` as a NumPy array; of objects, which every check of a dtype refuses, if it cannot be one."""
+    return np.asarray(_ops.as_array(x))
+
+
 def is_integer(x) -> bool:
     """Whether the dtype of `x` is a signed or unsigned integer."""
     return _ops.namespace(x).isdtype(x.dtype, "integral")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from eplb_core import _npz, _ops, _tree
-from eplb_core._checks import MOST_EXPERTS, EplbError, check_kind, require
+from eplb_core._checks import MOST_EXPERTS, EplbError, check_kind, require, shown
 from eplb_core._files import PathLike, check_path
 from eplb_core.formats import text
 from eplb_core.formats.arrays import meta_of
@@ -199,7 +199,7 @@ def _count(values: Mapping[str, Any], key: str, default: int | None = None) -> i
     require(
         is_integer and 0 <= int(value) < _MOST[key],
         f"a snapshot's {key} must be an integer >= 0 and < {_MOST[key]}",
-        f"{value!r}"[:80],
+        shown(value),
         "Save it again.",
     )
     return int(value)  # type: ignore[arg-type]

@@ -2,13 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from eplb_core import EMPTY, derive_maps
-from eplb_core._checks import require
+from eplb_core._checks import MOST_EXPERTS, check_count, check_ids, check_room, host_array, require
 from eplb_core.maps import count_replicas
 from eplb_core.shares import RESOLUTION
 from eplb_core.shares.turns import derive_turns
@@ -61,19 +60,23 @@ class DeviceMaps:
         device: torch.device | str | None = None,
         shares: Int[Any, "layers slots"] | None = None,
     ):
-        placement = np.asarray(physical_to_logical)
+        placement = host_array(physical_to_logical)
+        num_logical = check_count(num_logical, "DeviceMaps(num_logical=...)", 1, MOST_EXPERTS)
         require(
             placement.ndim == 2,
             "`DeviceMaps(physical_to_logical=...)` must be `[layers, slots]`",
             f"shape={placement.shape}",
             "Add a leading axis of one layer if there is only one.",
         )
+        check_ids(placement, placement.shape[1], "DeviceMaps(physical_to_logical=...)")
         num_layers, self._num_slots = placement.shape
         self.num_logical = num_logical
         self._is_wide = max_replicas is None
         widest = max(self._num_slots - num_logical + 1, 1 if shares is None else RESOLUTION)
-        self.max_replicas = widest if max_replicas is None else max_replicas
+        given = widest if max_replicas is None else max_replicas
+        self.max_replicas = check_count(given, "DeviceMaps(max_replicas=...)", 1, advice="Give every expert a slot.")
         shape = (num_layers, num_logical, self.max_replicas)
+        check_room("DeviceMaps", *shape)
         self.logical_to_physical = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
         self.replica_count = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self.update(placement, shares=shares)
@@ -90,6 +93,7 @@ class DeviceMaps:
 
     def layer(self, index: int) -> LayerMaps:
         """The maps of one layer, as views that later updates change."""
+        index = check_count(index, "DeviceMaps.layer(index=...)", 0, self.num_layers - 1, "Count layers from 0.")
         return LayerMaps(self.logical_to_physical[index], self.replica_count[index])
 
     def resize(self, physical_to_logical: Int[Any, "layers slots"]) -> None:
@@ -102,13 +106,14 @@ class DeviceMaps:
         Raises:
             EplbError: if the placement is malformed or has other layers; the maps are unchanged then.
         """
-        placement = np.asarray(physical_to_logical)
+        placement = host_array(physical_to_logical)
         require(
             placement.ndim == 2 and len(placement) == self.num_layers,
             f"`DeviceMaps.resize(physical_to_logical=...)` must have {self.num_layers} layers",
             f"shape={placement.shape}",
             "Only the number of slots may change.",
         )
+        check_ids(placement, placement.shape[1], "DeviceMaps.resize(physical_to_logical=...)")
         most = int(count_replicas(placement, self.num_logical).max())
         widest = placement.shape[1] - self.num_logical + 1 if self._is_wide else 1
         width = max(self.max_replicas, most, widest)
@@ -138,7 +143,9 @@ class DeviceMaps:
             EplbError: if the placement is malformed or has another shape, shares do not fit it, or either needs
                 wider maps; the maps are unchanged then.
         """
-        placement = np.asarray(physical_to_logical)
+        placement = host_array(physical_to_logical)
+        if layer is not None:
+            layer = check_count(layer, "DeviceMaps.update(layer=...)", 0, self.num_layers - 1, "Count layers from 0.")
         expected = (self._num_slots,) if layer is not None else (self.num_layers, self._num_slots)
         require(
             placement.shape == expected,
@@ -147,10 +154,11 @@ class DeviceMaps:
             "Build new DeviceMaps where the number of layers or slots changes.",
         )
         placement = placement.reshape(-1, self._num_slots)
+        check_ids(placement, self._num_slots, "DeviceMaps.update(physical_to_logical=...)")
         if shares is None:
             maps = derive_maps(placement, self.num_logical, max_replicas=self.max_replicas)
         else:
-            shares = np.asarray(shares)
+            shares = host_array(shares)
             require(
                 shares.shape == expected,
                 "`DeviceMaps.update(shares=...)` must have the placement's shape",

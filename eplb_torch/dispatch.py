@@ -8,8 +8,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from eplb_core import EMPTY, ExpertMaps
-from eplb_core._checks import require
+from eplb_core._checks import MOST_EXPERTS, check_kind, require, shown
 from eplb_torch.device_maps import DeviceMaps, LayerMaps
+
+_INTEGERS = (torch.int32, torch.int64)
 
 __all__ = ("DeviceMaps", "LayerMaps", "count_tokens", "mask_padding", "select_slots")
 
@@ -52,6 +54,8 @@ def select_and_count(
     topk_ids: Int[Tensor, "*tokens"], maps: LayerMaps | ExpertMaps, offset: int | Int[Tensor, "*logical"]
 ) -> tuple[Int[Tensor, "*tokens"], Int[Tensor, " logical"]]:
     """As `select_slots`, and what `count_tokens` says of the ids, which it has counted anyway."""
+    _check_ids(topk_ids, "topk_ids")
+    _check_maps(maps, offset)
     slots_of = _tensor(maps.logical_to_physical, topk_ids.device)
     replica_count = _tensor(maps.replica_count, topk_ids.device)
     num_logical = replica_count.shape[0]
@@ -85,6 +89,7 @@ def mask_padding(topk_ids: Int[Tensor, "*tokens"], unpadded: int | Tensor | None
     >>> mask_padding(torch.tensor([[0, 1], [2, 0]]), 1).tolist()
     [[0, 1], [-1, -1]]
     """
+    _check_ids(topk_ids, "topk_ids")
     if unpadded is None:
         return topk_ids
     real = unpadded
@@ -111,6 +116,9 @@ def count_tokens(ids: Int[Tensor, "*tokens"], num_ids: int) -> Int[Tensor, " num
     >>> count_tokens(torch.tensor([[0, 2], [2, -1]]), num_ids=3).tolist()
     [1, 0, 2]
     """
+    _check_ids(ids, "ids")
+    if not isinstance(num_ids, int | np.integer) or isinstance(num_ids, bool) or not 0 <= num_ids <= MOST_EXPERTS:
+        require(False, f"`num_ids` must be an integer 0..{MOST_EXPERTS}", shown(num_ids), "Count experts, or slots.")
     flat = ids.reshape(-1).long()
     return _counts(torch.where(_is_padding(flat, num_ids), num_ids, flat), num_ids)[:num_ids]
 
@@ -119,14 +127,35 @@ def _tensor(x: Any, device: torch.device) -> Tensor:
     return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)).to(device)
 
 
+def _check_ids(ids: Any, name: str) -> None:
+    # Nothing is formatted unless it is refused: this runs for every layer of every forward.
+    if not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS:
+        what = str(ids.dtype) if isinstance(ids, Tensor) else shown(ids)
+        require(False, f"`{name}` must be a tensor of integers", what, "Pass the ids that the router chose.")
+
+
+def _check_maps(maps: Any, offset: Any) -> None:
+    check_kind(maps, (LayerMaps, ExpertMaps), "select_slots(maps=...)")
+    if maps.logical_to_physical.ndim != 2 or maps.replica_count.ndim != 1:
+        shape = tuple(maps.logical_to_physical.shape)
+        require(False, "`select_slots(maps=...)` must be of one layer", f"shape={shape}", "Pass those of this layer.")
+    if isinstance(offset, Tensor):
+        good = offset.dtype in _INTEGERS and offset.ndim <= 1
+    else:
+        good = isinstance(offset, int | np.integer) and not isinstance(offset, bool) and -(2**62) < offset < 2**62
+    if not good:
+        advice = "Give one for all experts, or one for each."
+        require(False, "`select_slots(offset=...)` must be integer, of shape [] or [logical]", shown(offset), advice)
+
+
 def _is_count(unpadded: int | Tensor) -> bool:
     if not isinstance(unpadded, Tensor):
-        return isinstance(unpadded, int)
+        return isinstance(unpadded, int) and not isinstance(unpadded, bool) and 0 <= unpadded < 2**31
     return unpadded.numel() == 1 and unpadded.dtype in (torch.int32, torch.int64)
 
 
 def _describe(unpadded: int | Tensor) -> str:
-    return f"{unpadded.dtype} {tuple(unpadded.shape)}" if isinstance(unpadded, Tensor) else repr(unpadded)
+    return f"{unpadded.dtype} {tuple(unpadded.shape)}" if isinstance(unpadded, Tensor) else shown(unpadded)
 
 
 def _is_padding(ids: Tensor, num_ids: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from eplb_core._checks import require
+from eplb_core._checks import check_choice, check_count, check_kind
 from eplb_torch.device_maps import DeviceMaps, LayerMaps
 from eplb_torch.dispatch import count_tokens, mask_padding, select_and_count
 from eplb_torch.recording import LayerRecorder, LoadRecorder
@@ -67,12 +67,9 @@ class Dispatcher:
     def __init__(
         self, maps: DeviceMaps, ep_rank: int, *, count: Literal["slots", "experts"] = "slots", enabled: bool = True
     ):
-        require(
-            count in ("slots", "experts"),
-            '`Dispatcher(count=...)` must be "slots" or "experts"',
-            f"count={count!r}",
-            "Count slots unless experts may be lost.",
-        )
+        check_kind(maps, DeviceMaps, "Dispatcher(maps=...)")
+        ep_rank = check_count(ep_rank, "Dispatcher(ep_rank=...)", 0, 2**14, "Count ranks from 0.")
+        check_choice(count, ("slots", "experts"), "Dispatcher(count=...)", "Count slots unless experts may be lost.")
         self.maps, self._count = maps, count
         num_ids = maps.num_slots if count == "slots" else maps.num_logical
         device = maps.replica_count.device

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from eplb_core._checks import check_count
 from eplb_torch.transport import Message, TransportError
 
 Tag = tuple[int, int]
@@ -25,7 +26,7 @@ class InProcessWorld:
     """
 
     def __init__(self, size: int):
-        self.size = size
+        self.size = check_count(size, "InProcessWorld(size=...)", 1, 2**14, "Count ranks.")
         self.dead: set[int] = set()
         self._changed = threading.Condition()
         self._boxes: dict[tuple[int, int, Tag], deque[bytes]] = defaultdict(deque)

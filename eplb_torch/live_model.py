@@ -7,7 +7,7 @@ import torch.distributed as dist
 from jaxtyping import Int
 
 from eplb_core import EMPTY, Topology, check_placement
-from eplb_core._checks import EplbError, require
+from eplb_core._checks import EplbError, check_count, check_kind, host_array, require
 from eplb_torch.device_maps import DeviceMaps
 from eplb_torch.weights import ExpertWeights
 
@@ -81,9 +81,20 @@ class LiveModel:
         topology: Topology,
         physical_to_logical: Int[Any, "layers slots"],
     ):
+        check_kind(weights, ExpertWeights, "LiveModel(weights=...)")
+        check_kind(maps, DeviceMaps, "LiveModel(maps=...)")
         self.weights, self.maps, self.topology = weights, maps, topology
-        self._placement = np.array(physical_to_logical, dtype=np.int32)
-        check_placement(self._placement, topology, self.num_logical, allow_lost=bool((self._placement == EMPTY).all()))
+        ids = host_array(physical_to_logical)
+        check_placement(ids, topology, self.num_logical, allow_lost=True)
+        if (ids != EMPTY).any():
+            check_placement(ids, topology, self.num_logical)
+        require(
+            weights.num_layers == maps.num_layers == len(ids),
+            "`LiveModel` needs weights, maps and a placement of the same layers",
+            f"{weights.num_layers}, {maps.num_layers} and {len(ids)}",
+            "Register the layers of the placement.",
+        )
+        self._placement = np.array(ids, dtype=np.int32)
 
     @property
     def num_logical(self) -> int:
@@ -102,7 +113,9 @@ class LiveModel:
             EplbError: if the placement is malformed, lacks an expert, or has more copies of one than the maps have
                 room for. What is in force stays then.
         """
-        new = np.asarray(physical_to_logical)
+        new = host_array(physical_to_logical)
+        if layer is not None:
+            layer = check_count(layer, "LiveModel.commit(layer=...)", 0, len(self._placement) - 1)
         check_placement(new if layer is None else new[None], self.topology, self.num_logical)
         self.maps.update(new, layer=layer)
         self._placement[slice(None) if layer is None else layer] = new

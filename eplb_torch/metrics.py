@@ -2,10 +2,10 @@
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from eplb_core._checks import EplbError, listing, require
+from eplb_core._checks import EplbError, check_kind, listing, require, shown
 
 REASONS = ("not_due", "balanced", "not_worth_it", "rebalance", "failed")
 """Why a decision was made, as in `eplb_core.control.Reason`; `failed` is a rebalance that was not carried out."""
@@ -115,6 +115,16 @@ class BalancerMetrics:
         self, models: Sequence[str] = ("main",), registry: Any = None, labels: Mapping[str, str] | None = None
     ):
         prometheus = _prometheus()
+        check_kind(models, Collection, "BalancerMetrics(models=...)")
+        for name in models:
+            check_kind(name, str, "BalancerMetrics(models=[name])")
+        check_kind(labels, (Mapping, type(None)), "BalancerMetrics(labels=...)")
+        require(
+            registry is None or callable(getattr(registry, "register", None)),
+            "`BalancerMetrics(registry=...)` must be a CollectorRegistry of prometheus_client",
+            shown(registry),
+            "Leave it out for one of its own.",
+        )
         fixed = dict(labels or {})
         taken = sorted({"model", "reason", "phase", "scope", "le"} & set(fixed))
         require(

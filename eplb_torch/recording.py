@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from eplb_core._checks import check_count, check_room
 from eplb_torch.dispatch import count_tokens
 
 
@@ -70,10 +71,14 @@ class LoadRecorder:
         epoch: int = 0,
         enabled: bool = True,
     ):
+        num_layers = check_count(num_layers, "LoadRecorder(num_layers=...)", 1)
+        num_ids = check_count(num_ids, "LoadRecorder(num_ids=...)", 1)
+        check_room("LoadRecorder", num_layers, num_ids)
         self.counts = torch.zeros((num_layers, num_ids), dtype=torch.int64, device=device)
         self.gate = torch.tensor(enabled, device=device)
         self._enabled = enabled
         self._taken = torch.zeros_like(self.counts)
+        epoch = check_count(epoch, "LoadRecorder(epoch=...)")
         self._epoch = np.full(num_layers, epoch, dtype=np.int64)
 
     @property
@@ -88,6 +93,7 @@ class LoadRecorder:
 
     def layer(self, index: int) -> LayerRecorder:
         """The counter of one layer."""
+        index = check_count(index, "LoadRecorder.layer(index=...)", 0, len(self.counts) - 1, "Count layers from 0.")
         return LayerRecorder(self.counts[index], self.gate)
 
     def take(self) -> Recorded:

@@ -5,16 +5,15 @@ each into a slot of another, while the router follows the live one: every shape 
 that a rearrangement has under way are of the old weights, and would be committed over the new ones.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from eplb_core import EMPTY, Topology, check_placement
-from eplb_core._checks import listing, require
+from eplb_core._checks import check_count, check_kind, host_array, listing, require, shown
 from eplb_torch.weights import ExpertWeights
 
 ReadRow = Callable[[int, str, int], Tensor]
@@ -43,14 +42,9 @@ def held_experts(
     >>> held_experts(np.asarray([[0, 2, 1, 1], [2, 1, 1, 0]]), Topology(ep_size=2, slots_per_rank=2), ep_rank=1)
     ({1: (0, 1)}, {1: (0,), 0: (1,)})
     """
-    ids = np.asarray(physical_to_logical)
+    ids = host_array(physical_to_logical)
     check_placement(ids, topology, allow_lost=True)
-    require(
-        0 <= ep_rank < topology.ep_size,
-        "`held_experts(ep_rank=...)` must be a rank of the topology",
-        f"ep_rank={ep_rank}, ep_size={topology.ep_size}",
-        "Count ranks from 0.",
-    )
+    ep_rank = check_count(ep_rank, "held_experts(ep_rank=...)", 0, topology.ep_size - 1, "Count ranks from 0.")
     first = ep_rank * topology.slots_per_rank
     found = []
     for row in ids[:, first : first + topology.slots_per_rank].tolist():
@@ -100,6 +94,8 @@ class ExpertReload:
         names: Collection[str] | None = None,
         in_flight: Callable[[], bool] | None = None,
     ):
+        check_kind(weights, ExpertWeights, "ExpertReload(weights=...)")
+        check_kind(in_flight, (Callable, type(None)), "ExpertReload(in_flight=...)")
         self._weights, self._in_flight = weights, in_flight
         self._check_still()
         self._slots = held_experts(physical_to_logical, topology, ep_rank)
@@ -111,11 +107,14 @@ class ExpertReload:
             "Pass the placement in force, and the topology that it is for.",
         )
         registered = {name for layer in weights.layers for name in layer}
+        check_kind(names, (set, frozenset, list, tuple, Mapping, type(None)), "ExpertReload(names=...)")
+        for name in names or ():
+            check_kind(name, str, "ExpertReload(names=[name])")
         self._names = registered if names is None else set(names)
         require(
             self._names <= registered,
             "`ExpertReload(names=...)` must be registered tensors",
-            f"{listing(sorted(self._names - registered))}",
+            f"{listing(self._names - registered)}",
             f"Choose from {listing(sorted(registered))}.",
         )
         self._missing = {
@@ -156,6 +155,8 @@ class ExpertReload:
                 rearrangement is under way. Nothing is written then.
         """
         self._check_still()
+        check_kind(row, Tensor, "ExpertReload.write(row=...)")
+        expert = check_count(expert, "ExpertReload.write(expert=...)", 0, advice="Count experts from 0.")
         key, tensor = (layer, name, expert), self._tensor(layer, name)
         require(
             (row.shape, row.dtype) == (tensor.shape[1:], tensor.dtype) and expert >= 0,
@@ -240,5 +241,12 @@ def reload_experts(
             for layer, name, expert in reload.missing:
                 reload.write(layer, name, expert, source(layer, name, expert))
         else:
+            check_kind(source, Iterable, "reload_experts(source=...)")
             for row in source:
+                require(
+                    isinstance(row, tuple | list) and len(row) == 4,
+                    "`reload_experts(source=...)` must give (layer, name, expert, row)",
+                    f"{type(row).__name__} {shown(row)}",
+                    "Or pass a function that reads a row.",
+                )
                 reload.write(*row)

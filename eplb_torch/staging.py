@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from eplb_core._checks import check_kind
 from eplb_torch.weights import aligned
 
 
@@ -14,6 +15,7 @@ class Staging:
     """
 
     def __init__(self, device: torch.device):
+        check_kind(device, (torch.device, str), "Staging(device=...)")
         self.device = device
         self.peak = 0
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eplb_core._checks import listing, require
+from eplb_core._checks import check_kind, listing, require
 from eplb_torch.registration import find_slot_tensors
 
 ALIGNMENT = 16  # bytes; a piece of a packed buffer can then be viewed as any dtype
@@ -55,6 +55,12 @@ class ExpertWeights:
     """
 
     def __init__(self, layers: Sequence[Mapping[str, Tensor]]):
+        check_kind(layers, (list, tuple), "ExpertWeights(layers=...)")
+        for layer in layers:
+            check_kind(layer, Mapping, "ExpertWeights(layers=[layer])")
+            for name, tensor in layer.items():
+                check_kind(name, str, "ExpertWeights(layers=[{name: ...}])")
+                check_kind(tensor, Tensor, "ExpertWeights(layers=[{...: tensor}])")
         self.layers: tuple[dict[str, Tensor], ...] = tuple(dict(layer) for layer in layers)
         require(
             len(self.layers) > 0 and all(self.layers),

@@ -1,5 +1,6 @@
 """Every public function of `eplb_core` with good arguments, for the tests of hostile input."""
 
+import tempfile
 from functools import partial
 
 import numpy as np
@@ -14,9 +15,14 @@ from eplb_core import (
     load,
     plan_moves,
     schedule_rounds,
+    simulate,
+    trace,
 )
 from eplb_core.control import ControlConfig, ModelConfig
 from eplb_core.elastic import survive
+from eplb_core.simulate import configuration, sweep
+from eplb_core.simulate.configuration import Configuration
+from eplb_core.snapshot import Snapshot, load_snapshot, save_snapshot
 from tests.hostile import Argument, Call
 
 TOPOLOGY = Topology(ep_size=4, slots_per_rank=3, num_nodes=2)
@@ -61,6 +67,12 @@ def verify(**arguments) -> tuple:
     if found:
         raise EplbError(str(found[0]))
     return found
+
+
+def in_a_folder(write, **arguments) -> None:
+    """Write to a file that vanishes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(f"{folder}/file.npz", **arguments)
 
 
 def of_config(function, **more) -> Call:
@@ -272,3 +284,98 @@ SIZES = {
         costs.transfer_matrix, {"schedule": value(schedule_rounds(PLAN, TOPOLOGY)), "topology": topology}
     ),
 }
+
+REPLAYS = {
+    "simulate": Call(
+        simulate.simulate,
+        {
+            "load": windows._replace(but=("fewer columns",)),
+            "topology": topology,
+            "policy": word("incremental", but=FUNCTIONS),
+            "estimator": word("window:2"),
+            "interval": option(1),
+            "costs": value(costs.Costs(), but=("None",)),
+            "progress": value(None, but=("None", *FUNCTIONS)),
+            "threshold": number(0.9, but=("None",)),
+            "start": word("even"),
+            "options": value({}, but=("dict",)),
+        },
+    ),
+    "replay_trace": Call(
+        simulate.replay_trace,
+        {
+            "load": windows._replace(but=("fewer columns",)),
+            "configuration": value(Configuration(TOPOLOGY)),
+            "costs": value(costs.Costs()),
+            "progress": value(None, but=("None", *FUNCTIONS)),
+        },
+    ),
+    "balancedness_bound": Call(
+        simulate.balancedness_bound,
+        {"load": windows._replace(but=("fewer columns",)), "topology": topology},
+    ),
+    "check_trace": Call(
+        simulate.check_trace,
+        {"load": windows._replace(but=("fewer columns", "more columns")), "fewest_windows": count(2)},
+    ),
+    "grid": Call(configuration.grid, {"topologies": value(TOPOLOGY)}),
+    "parse_estimator": Call(configuration.parse_estimator, {"spec": word("last")}),
+    "sweep": Call(
+        sweep.sweep,
+        {
+            "load": windows._replace(but=("fewer columns",)),
+            "configurations": value([Configuration(TOPOLOGY, "static")]),
+            "costs": value(costs.Costs(), but=("None",)),
+            "jobs": count(1, but=("beyond int64", "beyond printing")),
+            "progress": value(None, but=("None", *FUNCTIONS)),
+        },
+    ),
+}
+
+NOWHERE = "/nowhere/file.npz"  # what is accepted fails to be written there
+ANY_SHAPE = ("more columns", "fewer columns", "one more layer", "4-d")
+
+WRITES = {
+    "write_trace": Call(
+        partial(in_a_folder, trace.write_trace),
+        {"load": windows._replace(but=ANY_SHAPE[:2]), "metadata": value({}, but=("None", "dict"))},
+    ),
+    "write_trace, by windows": Call(
+        lambda window: in_a_folder(trace.write_trace, load=iter([LOAD, window])), {"window": tokens}
+    ),
+    "write_placement": Call(
+        partial(trace.write_placement, NOWHERE),
+        {
+            "physical_to_logical": placed._replace(but=ANY_LAYERS),
+            "topology": topology,
+            "format": word("npz", but=("None", "no text")),
+            "num_logical": option(10),
+            "layer_ids": value([0, 1], but=("None",)),
+            "metadata": value({}, but=("None", "dict")),
+        },
+    ),
+    "write_plan": Call(
+        partial(trace.write_plan, NOWHERE),
+        {
+            "old": placed._replace(but=ANY_SHAPE),
+            "new": target._replace(but=ANY_SHAPE),
+            "plan": plan,
+            "topology": topology,
+            "schedule": value(schedule_rounds(PLAN, TOPOLOGY), but=("None",)),
+        },
+    ),
+    "save_snapshot": Call(partial(save_snapshot, NOWHERE), {"snapshot": value(Snapshot(OLD, TOPOLOGY, 10))}),
+    "save_snapshot, its parts": Call(
+        lambda **parts: save_snapshot(NOWHERE, Snapshot(**parts)),
+        {
+            "physical_to_logical": placed._replace(but=ANY_LAYERS),
+            "topology": topology,
+            "num_logical": count(10),
+            "epoch": count(0),
+            "load": value(None, but=("None", "dict", "ragged", "number", "array")),
+            "metadata": value({}, but=("None", "dict")),
+        },
+    ),
+    "load_snapshot": Call(partial(load_snapshot, NOWHERE), {"topology": Argument(TOPOLOGY, "topology", ("None",))}),
+}
+CALLS = PLANNING | LOADS | CONTROL | SIZES | REPLAYS | WRITES

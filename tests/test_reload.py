@@ -250,7 +250,7 @@ def test_rows_that_require_gradients_are_values():
     [
         ((0, "up.weight", 0, torch.zeros(5, 3)), r"\(5, 3\) torch.float32 for .*rows are \(3, 5\)"),
         ((0, "up.weight", 0, torch.zeros(3, 5, dtype=torch.bfloat16)), "torch.bfloat16 for"),
-        ((0, "up.weight", -1, torch.zeros(3, 5)), "expert be >= 0"),
+        ((0, "up.weight", -1, torch.zeros(3, 5)), "must be an integer >= 0"),
         ((0, "bias", 0, torch.zeros(3)), r"\(0, 'bias'\).* 2 layers, with .*gate"),
         ((2, "gate", 0, torch.zeros(())), r"\(2, 'gate'\)"),
         ((-1, "gate", 0, torch.zeros(())), r"\(-1, 'gate'\)"),
@@ -291,7 +291,7 @@ def test_a_rearrangement_that_starts_in_between_is_noticed():
         ({"physical_to_logical": PLACEMENT[:1]}, "2 layers of 4 slots for 1 of 4"),
         ({"topology": Topology(4, 2)}, "2 layers of 4 slots for 2 of 2"),
         ({"topology": Topology(3, 4)}, "12 slots"),
-        ({"ep_rank": 2}, "ep_rank=2, ep_size=2"),
+        ({"ep_rank": 2}, "must be an integer 0..1; got ep_rank=2"),
         ({"ep_rank": -1}, "ep_rank=-1"),
         ({"names": ["scale", "biased"]}, r"got \[biased\]. Choose from"),
         ({"in_flight": lambda: True}, "under way"),

@@ -90,10 +90,11 @@ def iter_npy_windows(path: PathLike, limit_bytes: int) -> Iterator[np.ndarray]:
 
 def write_npz_windows(path: PathLike, windows: Iterable[Any], metadata: dict[str, Any]) -> None:
     """Write an `.npz` trace from windows `[layers, experts]`, one in memory at a time."""
+    require(isinstance(windows, Iterable), f"`{path}` must get windows", type(windows).__name__, "Give an array.")
     with tempfile.TemporaryFile(dir=Path(path).resolve().parent) as spool:
         shape: tuple[int, ...] | None = None
         count = 0
-        for window in _each(windows, path):
+        for window in windows:
             load = load_of(_ops.as_array(window), f"{path}: window {count}")
             require(
                 len(load) == 1 and shape in (None, load.shape[1:]),
@@ -113,11 +114,6 @@ def write_npz_windows(path: PathLike, windows: Iterable[Any], metadata: dict[str
                 shutil.copyfileobj(spool, stream, 2**20)
             with archive.open(_member("meta.npy"), "w") as stream:
                 np.lib.format.write_array(stream, np.asarray(json.dumps(metadata)), allow_pickle=False)
-
-
-def _each(windows: Iterable[Any], path: PathLike) -> Iterable[Any]:
-    require(isinstance(windows, Iterable), f"`{path}` must get windows", type(windows).__name__, "Give an array.")
-    return windows
 
 
 def _check_names(names: Collection[str], path: PathLike) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from eplb_core._checks import EplbError
+from eplb_core._checks import EplbError, shown
 from eplb_core._files import PathLike
 from eplb_core.formats.values import layer_ids_of
 
@@ -21,7 +21,7 @@ def layer_ids_or_range(layer_ids: object, num_layers: int, path: PathLike) -> li
     if len(found) != num_layers or max(found) >= _MOST_LAYERS:
         raise EplbError(
             f"`{path}` must number each layer in `layer_ids`, below {_MOST_LAYERS}; "
-            f"got {str(layer_ids)[:80]} for {num_layers} layers. Correct or drop them."
+            f"got {shown(layer_ids)} for {num_layers} layers. Correct or drop them."
         )
     return found
 

@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from eplb_core import _ops
 from eplb_core._checks import EMPTY, MOST_EXPERTS, check_count, check_kind, require
-from eplb_core._files import PathLike
+from eplb_core._files import PathLike, check_path
 from eplb_core._npz import LIMIT_BYTES, read_npy
 from eplb_core.formats import arrays, own_placement, sglang, sglang_pt, tensorrt_llm, text, vllm_ascend
 from eplb_core.formats.layers import layer_ids_or_range, spread_out
@@ -89,6 +89,8 @@ def write_placement(
         EplbError: if the placement is not of this form, or the format cannot express it.
         OSError: if the file cannot be written.
     """
+    check_path(path, "write_placement(path=...)")
+    check_kind(format, (str, type(None)), "write_placement(format=...)")
     by_default = "sglang" if os.path.splitext(path)[1].lower() == ".json" else None
     name = choose(path, format or by_default, PLACEMENT_FORMATS, "write_placement")
     check_kind(topology, (Topology, type(None)), "write_placement(topology=...)")

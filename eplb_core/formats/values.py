@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, MOST_EXPERTS, EplbError, positions, require
+from eplb_core._checks import EMPTY, MOST_EXPERTS, EplbError, positions, require, shown
 from eplb_core._files import PathLike
 
 MOST_ENTRIES = 2**26
@@ -124,7 +124,7 @@ def layer_ids_of(ids: Iterable[Any], path: PathLike) -> list[int]:
     """Return the model's layer numbers of the rows; each is an integer and occurs once."""
     found = list(ids)
     good = all(type(i) is int and 0 <= i < 2**31 for i in found) and len(set(found)) == len(found)
-    require(good, f"`{path}` must number its layers with different integers", f"{found[:8]}", "Number them.")
+    require(good, f"`{path}` must number its layers with different integers", shown(found), "Number them.")
     return found
 
 

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Real
 
-from eplb_core._checks import EMPTY, at, require
+from eplb_core._checks import EMPTY, at, check_count, check_ids, check_load, host_array, require
+from eplb_core.maps import check_range
 from eplb_core.shares.split import checked, split_load
 from eplb_core.topology import Topology
 
 RESOLUTION = 64
 """The largest sum of shares of one expert, unless told otherwise."""
+
+_MOST_SHARES = 2**16
 
 
 def even_shares(physical_to_logical: Int[Any, "*layers slots"]) -> Int[np.ndarray, "*layers slots"]:
@@ -22,7 +25,10 @@ def even_shares(physical_to_logical: Int[Any, "*layers slots"]) -> Int[np.ndarra
     >>> even_shares(np.asarray([[0, 1, EMPTY, 0]])).tolist()
     [[1, 1, 0, 1]]
     """
-    return (np.asarray(physical_to_logical) != EMPTY).astype(np.int32)
+    ids = host_array(physical_to_logical)
+    rows = ids[None] if ids.ndim == 1 else ids
+    check_ids(rows, rows.shape[-1] if rows.ndim else 0, "even_shares(physical_to_logical=...)")
+    return (ids != EMPTY).astype(np.int32)
 
 
 def balanced_shares(
@@ -85,8 +91,15 @@ def slot_load(
     >>> slot_load(np.asarray([[0, 1, 0]]), np.asarray([[8, 5]]), np.asarray([[3, 2, 1]])).tolist()
     [[6.0, 5.0, 2.0]]
     """
-    ids, load = np.asarray(physical_to_logical), np.asarray(load)
-    parts = share_parts(ids, np.asarray(shares), load.shape[1])
+    ids, load = host_array(physical_to_logical), host_array(load)
+    check_load(load, "slot_load(load=...)")
+    require(
+        load.ndim == 2 and ids.ndim == 2 and len(load) == len(ids),
+        "`slot_load(load=...)` must be `[layers, logical]` for the placement's layers",
+        f"load.shape={load.shape}, physical_to_logical.shape={ids.shape}",
+        "Add windows up first.",
+    )
+    parts = share_parts(ids, host_array(shares), load.shape[1])
     return parts * np.take_along_axis(load, np.maximum(ids, 0), axis=1)
 
 
@@ -96,10 +109,12 @@ def check_shares(
     """Refuse shares that do not say where the tokens of every expert with a copy go.
 
     Raises:
-        EplbError: if shapes differ, or naming every share that is negative or in an `EMPTY` slot, and every expert
-            whose copies all have the share 0.
+        EplbError: if shapes differ, or naming every share that is negative, above 2**16 or in an `EMPTY` slot, and
+            every expert whose copies all have the share 0.
     """
-    ids, shares = np.asarray(physical_to_logical), np.asarray(shares)
+    ids, shares = host_array(physical_to_logical), host_array(shares)
+    check_ids(ids, ids.shape[-1] if ids.ndim else 0, "check_shares(physical_to_logical=...)")
+    check_range(ids, num_logical)
     advice = "Make them with even_shares, balanced_shares or local_shares, from this placement."
     require(
         shares.shape == ids.shape and shares.dtype.kind in "iu",
@@ -107,8 +122,13 @@ def check_shares(
         f"shape={shares.shape} of {shares.dtype} for a placement {ids.shape}",
         advice,
     )
-    bad = (shares < 0) | ((shares != 0) & (ids == EMPTY))
-    require(not bad.any(), "`shares` must be >= 0, and 0 in EMPTY slots", f"others at (layer, slot) {at(bad)}", advice)
+    bad = (shares < 0) | (shares > _MOST_SHARES) | ((shares != 0) & (ids == EMPTY))
+    require(
+        not bad.any(),
+        f"`shares` must be 0..{_MOST_SHARES}, and 0 in EMPTY slots",
+        f"others at (layer, slot) {at(bad)}",
+        advice,
+    )
     idle = (sum_by_expert(even_shares(ids), ids, num_logical) > 0) & (sum_by_expert(shares, ids, num_logical) == 0)
     require(
         not idle.any(),
@@ -136,6 +156,7 @@ def round_shares(
     Raises:
         EplbError: if an expert has more copies than `resolution`.
     """
+    resolution = check_count(resolution, "resolution", 1, _MOST_SHARES, "It is about the width of the maps.")
     copies = sum_by_expert(even_shares(ids), ids, num_logical)
     require(
         resolution >= int(copies.max()),

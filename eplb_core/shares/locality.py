@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from eplb_core._checks import check_ids, require
+from eplb_core._checks import check_count, check_ids, check_number, check_room, host_array
 from eplb_core.maps import check_range
 from eplb_core.shares import RESOLUTION, even_shares, round_shares, share_parts
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 
 def local_shares(
@@ -53,16 +53,14 @@ def local_shares(
     >>> [local_shares(placement, topology, ep_rank, num_logical=3).tolist() for ep_rank in (0, 1, 3)]
     [[[1, 1, 1, 0]], [[1, 1, 1, 0]], [[0, 1, 1, 1]]]
     """
-    ids = np.asarray(physical_to_logical)
+    check_topology(topology, "local_shares")
+    ids = host_array(physical_to_logical)
     check_ids(ids, topology.num_slots, "local_shares(physical_to_logical=...)")
     check_range(ids, num_logical)
-    require(
-        0 <= ep_rank < topology.ep_size and 0 <= slack < float("inf"),
-        "`local_shares` needs an ep_rank of the topology and a finite slack >= 0",
-        f"ep_rank={ep_rank}, ep_size={topology.ep_size}, slack={slack}",
-        "Count ranks from 0; use slack=resolution to always take the nearest copy.",
-    )
-    part = share_parts(ids, even_shares(ids) if shares is None else np.asarray(shares), num_logical)
+    check_room("local_shares", len(ids), num_logical, topology.ep_size)
+    ep_rank = check_count(ep_rank, "local_shares(ep_rank=...)", 0, topology.ep_size - 1, "Count ranks from 0.")
+    check_number(slack, "local_shares(slack=...)", 0, advice="Use slack=resolution to always take the nearest copy.")
+    part = share_parts(ids, even_shares(ids) if shares is None else host_array(shares), num_logical)
     layer, expert = np.arange(len(ids))[:, None], np.maximum(ids, 0)
     rank = np.arange(topology.num_slots) // topology.slots_per_rank
     due = np.zeros((len(ids), num_logical, topology.ep_size))

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Real
 
-from eplb_core._checks import EMPTY, check_ids, check_load, require
+from eplb_core._checks import EMPTY, check_ids, check_load, host_array, require
 from eplb_core.maps import check_range
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 _UNITS = 2**40  # of load per layer: integers make the search exact and its end certain
 
@@ -56,7 +56,8 @@ def checked(physical_to_logical, load, topology: Topology, name: str) -> tuple[n
     Raises:
         EplbError: as `split_load`.
     """
-    ids, load = np.asarray(physical_to_logical), np.asarray(load)
+    check_topology(topology, name)
+    ids, load = host_array(physical_to_logical), host_array(load)
     check_ids(ids, topology.num_slots, f"{name}(physical_to_logical=...)")
     check_load(load, f"{name}(load=...)")
     check_range(ids, load.shape[-1])

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from eplb_core._checks import EMPTY, at, require
+from eplb_core._checks import EMPTY, at, check_count, check_room, host_array, require
 from eplb_core.maps import ExpertMaps, derive_maps
 from eplb_core.shares import check_shares, even_shares, sum_by_expert
 
@@ -39,11 +39,13 @@ def derive_turns(
     >>> maps.logical_to_physical.tolist(), maps.replica_count.tolist()
     ([[[0, 0, 0, 2], [1, -1, -1, -1]]], [[4, 1]])
     """
-    ids, shares = np.asarray(physical_to_logical), np.asarray(shares)
+    ids, shares = host_array(physical_to_logical), host_array(shares)
     check_shares(ids, shares, num_logical)
     even = derive_maps(ids, num_logical)
     sums = sum_by_expert(shares, ids, num_logical).astype(np.int32)
     width = max(int(sums.max()), 1) if max_turns is None else max_turns
+    width = check_count(width, "derive_turns(max_turns=...)", 1)
+    check_room("derive_turns", *sums.shape, width)
     bad = sums > width
     require(
         not bad.any(),

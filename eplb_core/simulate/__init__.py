@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from eplb_core import _ops, control
-from eplb_core._checks import check_load, require
+from eplb_core._checks import check_count, check_kind, check_load, require
 from eplb_core.bound import load_bound
 from eplb_core.control.decision import Decision, Reason, compare
 from eplb_core.costs import Costs, migration_cost
@@ -16,7 +16,7 @@ from eplb_core.metrics import rank_load
 from eplb_core.placement import check_placement, check_sizes
 from eplb_core.simulate.configuration import MODEL, Configuration, parse_estimator
 from eplb_core.simulate.replay import Event, Replay
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 
 def simulate(
@@ -58,7 +58,7 @@ def simulate(
     ([[0.923], [1.0]], 2)
     """
     configuration = Configuration(topology, policy, estimator, interval, **choices)
-    return replay_trace(load, configuration, costs or Costs(), progress)
+    return replay_trace(load, configuration, Costs() if costs is None else costs, progress)
 
 
 def replay_trace(
@@ -69,6 +69,9 @@ def replay_trace(
 ) -> Replay:
     """Replay a trace under a configuration: what `simulate` does with its arguments."""
     load = check_trace(load)
+    check_kind(configuration, Configuration, "replay_trace(configuration=...)")
+    check_kind(costs, Costs, "simulate(costs=...)")
+    check_kind(progress, (Callable, type(None)), "simulate(progress=...)")
     check_sizes(load.shape[2], configuration.topology, "simulate(topology=...)")
     placements = [configuration.first_placement(*load.shape[1:])]
     events, segments = [], [0]
@@ -92,6 +95,7 @@ def balancedness_bound(
     array([[0.429]])
     """
     judged = check_trace(load)[1:]
+    check_topology(topology, "balancedness_bound")
     mean, bound = judged.sum(axis=-1) / topology.ep_size, np.asarray(load_bound(judged, topology))
     return np.divide(mean, bound, out=np.ones_like(mean), where=bound > 0)
 
@@ -102,6 +106,7 @@ def check_trace(load: Int[Any, "windows layers logical"], fewest_windows: int = 
     Raises:
         EplbError: if it is not integer `[windows, layers, logical]`, >= 0, with enough windows.
     """
+    fewest_windows = check_count(fewest_windows, "check_trace(fewest_windows=...)", 1)
     load = np.asarray(_ops.as_array(load))
     check_load(load, "simulate(load=...)")
     require(

@@ -1,19 +1,19 @@
 """One way to run a load balancer: what is planned, from which estimate, how often, on which ranks."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import numpy as np
 
-from eplb_core._checks import EplbError, require
+from eplb_core._checks import EplbError, check_choice, check_count, check_kind, require, shown
 from eplb_core.control import ControlConfig, ModelConfig
 from eplb_core.costs import Costs
 from eplb_core.load import Estimator, exponential_decay, last_value, sliding_window, trend_forecast
 from eplb_core.placement import round_robin
 from eplb_core.policies import POLICIES, rebalance
-from eplb_core.topology import Topology
+from eplb_core.topology import Topology, check_topology
 
 STATIC = "static"
 """The policy that never rebalances."""
@@ -72,23 +72,22 @@ class Configuration:
 
     def __post_init__(self):
         known = (*POLICIES, STATIC)
+        check_topology(self.topology, "Configuration")
         require(
-            callable(self.policy) or self.policy in known,
+            callable(self.policy) or (isinstance(self.policy, str) and self.policy in known),
             f"`Configuration(policy=...)` must be one of {known} or a function",
-            f"policy={self.policy!r}",
+            f"policy={shown(self.policy)}",
             "Check the spelling.",
         )
+        if self.interval is not None:
+            check_count(self.interval, "Configuration(interval=...)", 1, advice="Count windows; None plans once.")
+        check_choice(self.start, STARTS, "Configuration(start=...)")
+        pairs = self.options.items() if isinstance(self.options, Mapping) else self.options
         require(
-            self.interval is None or (isinstance(self.interval, int) and self.interval >= 1),
-            "`Configuration(interval=...)` must be None or an integer >= 1",
-            f"interval={self.interval!r}",
-            "Count windows; None plans once.",
-        )
-        require(
-            self.start in STARTS,
-            f"`Configuration(start=...)` must be one of {STARTS}",
-            f"start={self.start!r}",
-            "Check the spelling.",
+            isinstance(pairs, tuple | Set) and all(_is_option(pair) for pair in pairs),
+            "`Configuration(options=...)` must be arguments of `rebalance` by name",
+            f"options={shown(self.options)}",
+            "Use a dict such as {'max_moves': 8}.",
         )
         parse_estimator(self.estimator)
         self.control(1, last_value(), None, rebalance)
@@ -154,6 +153,10 @@ class Configuration:
         return rebalance(load, self.topology, policy=self.policy, previous=previous, **dict(self.options))
 
 
+def _is_option(pair: Any) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+
+
 def parse_estimator(spec: str) -> Estimator:
     """Make the estimator that a specification such as `"window:4"` names.
 
@@ -163,6 +166,7 @@ def parse_estimator(spec: str) -> Estimator:
     >>> parse_estimator("decay:2").estimate(parse_estimator("decay:2").init(1, 2)).tolist()
     [[0.0, 0.0]]
     """
+    check_kind(spec, str, "Configuration(estimator=...)")
     name, colon, number = spec.partition(":")
     make, kind = _ESTIMATORS.get(name, (None, None))
     try:
@@ -174,7 +178,7 @@ def parse_estimator(spec: str) -> Estimator:
         pass
     raise EplbError(
         "`Configuration(estimator=...)` must be 'last', 'window:N', 'decay:H' or 'trend:N'; "
-        f"got estimator={spec!r}. Give whole windows for N and a half-life in windows for H."
+        f"got estimator={shown(spec)}. Give whole windows for N and a half-life in windows for H."
     )
 
 
@@ -192,6 +196,7 @@ def grid(topologies: Topology | Iterable[Topology], **choices: Any) -> tuple[Con
     ['greedy', 'greedy, every 8', 'incremental', 'incremental, every 8']
     """
     topologies = [topologies] if isinstance(topologies, Topology) else topologies
+    check_kind(topologies, Iterable, "grid(topologies=...)")
     values = [value if isinstance(value, list | tuple) else [value] for value in choices.values()]
     return tuple(
         Configuration(topology, **dict(zip(choices, chosen, strict=True)))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from eplb_core._checks import EplbError, require
+from eplb_core._checks import EplbError, check_count, check_kind
 from eplb_core.costs import Costs
 from eplb_core.simulate import check_trace, replay_trace
 from eplb_core.simulate.configuration import Configuration
@@ -62,13 +62,13 @@ def sweep(
     >>> [round(replay.mean_balancedness, 3) for replay in replays]
     [0.616, 0.902]
     """
-    load, costs = check_trace(load), costs or Costs()
-    require(
-        isinstance(jobs, int) and jobs >= 1,
-        "`sweep(jobs=...)` must be an integer >= 1",
-        f"jobs={jobs!r}",
-        "Use 1 to work in this process.",
-    )
+    load, costs = check_trace(load), Costs() if costs is None else costs
+    check_kind(costs, Costs, "sweep(costs=...)")
+    jobs = check_count(jobs, "sweep(jobs=...)", 1, advice="Use 1 to work in this process.")
+    check_kind(progress, (Callable, type(None)), "sweep(progress=...)")
+    check_kind(configurations, (list, tuple), "sweep(configurations=...)")
+    for configuration in configurations:
+        check_kind(configuration, Configuration, "sweep(configurations=...)")
     task = _Task(load, tuple(configurations), costs, keep_placements)
     jobs = min(jobs, len(task.configurations))
     return tuple(_sequential(task, progress) if jobs <= 1 else _parallel(task, jobs, progress))

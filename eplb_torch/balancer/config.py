@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from eplb_core import Topology, rebalance
-from eplb_core._checks import require
+from eplb_core._checks import check_choice, check_count, check_kind, check_number, require
 from eplb_core.control import ControlConfig, ModelConfig
 from eplb_core.costs import Costs, Links
 from eplb_core.load import Estimator, sliding_window
@@ -70,34 +70,20 @@ class BalancerConfig:
     checksum: bool = False
 
     def __post_init__(self):
-        for name in ("window_size", "step_interval", "log_balancedness_interval", "max_staging_bytes"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-                f"`BalancerConfig({name}=...)` must be an integer >= 1",
-                f"{name}={value!r}",
-                "Count steps, or bytes.",
-            )
+        for name in ("window_size", "step_interval", "log_balancedness_interval", "max_staging_bytes", "num_groups"):
+            check_count(getattr(self, name), f"BalancerConfig({name}=...)", 1, advice="Count steps, bytes or groups.")
+        for name in ("num_redundant_experts", "max_moves", "max_total_moves"):
+            if getattr(self, name) is not None:
+                advice = "Use None for any number."
+                check_count(getattr(self, name), f"BalancerConfig({name}=...)", 0, 2**30, advice)
         for name in ("log_balancedness", "use_async", "checksum"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, bool),
-                f"`BalancerConfig({name}=...)` must be True or False",
-                f"{name}={value!r}",
-                "Write it without quotes.",
-            )
-        require(
-            self.policy in (*POLICIES, *_SYNONYMS),
-            f"`BalancerConfig(policy=...)` must be one of {(*POLICIES, *_SYNONYMS)}",
-            f"policy={self.policy!r}",
-            "Check the spelling.",
-        )
-        require(
-            0 < self.timeout < float("inf"),
-            "`BalancerConfig(timeout=...)` must be finite and > 0 seconds",
-            f"timeout={self.timeout}",
-            "Nothing here waits forever.",
-        )
+            check_kind(getattr(self, name), bool, f"BalancerConfig({name}=...)")
+        check_choice(self.policy, (*POLICIES, *_SYNONYMS), "BalancerConfig(policy=...)")
+        check_number(self.timeout, "BalancerConfig(timeout=...)", 1e-9, advice="Seconds; nothing here waits forever.")
+        if self.seconds_per_token is not None:
+            check_number(self.seconds_per_token, "BalancerConfig(seconds_per_token=...)", 0)
+        check_kind(self.links, Links, "BalancerConfig(links=...)")
+        check_kind(self.estimator, (Estimator, type(None)), "BalancerConfig(estimator=...)")
         self.control({})
 
     @classmethod
@@ -110,8 +96,9 @@ class BalancerConfig:
         >>> BalancerConfig.from_dict({"window_size": 100, "step_interval": 300, "policy": "default"}).step_interval
         300
         """
+        check_kind(values, Mapping, "BalancerConfig.from_dict(values=...)")
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(map(str, set(values) - set(known)))
         require(
             not unknown,
             f"`BalancerConfig.from_dict(values=...)` knows the fields {known}",
