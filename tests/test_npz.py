@@ -61,7 +61,7 @@ TWO = b"\0" * 8
         (npz_with(npy(HEADER % "1,", TWO)), "8 bytes of data"),
         (npz_with(npy("__import__('os').abort()\n")), "malformed node"),
         (npz_with(npy("{'descr': '<i4'}\n")), "keys"),
-        (npz_with(npy("(" * 5000 + "\n")), "EOF in multi-line"),
+        (npz_with(npy("(" * 5000 + "\n")), "EOF in multi-line|too many nested"),
         (npz_with(npy("{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (2,), }\n", TWO)), "'a'"),
         (npz_with(npy(HEADER % "2,", TWO, version=b"\x03\x00")), "cannot be read"),
         (npz_with(b"\x93NUMPY\x02\x00\xff\xff\xff\xff"), "EOF|header"),
