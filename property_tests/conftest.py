@@ -1,4 +1,7 @@
-"""One hypothesis profile for all property tests: the same examples on every machine, no time limit per example."""
+"""One hypothesis profile for all property tests: the same examples on every machine, no time limit per example.
+
+`property_tests.fuzz` changes it to fresh examples.
+"""
 
 from hypothesis import HealthCheck, settings
 
@@ -14,5 +17,4 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.register_profile("fuzz", parent=settings.get_profile("eplb"), derandomize=False, max_examples=2000)
 settings.load_profile("eplb")

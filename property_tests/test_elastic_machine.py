@@ -20,7 +20,7 @@ EXTRA = st.sampled_from([0, 0, 1, 3])
 class Changing(RuleBasedStateMachine):
     """`self.rows[name][layer][local]` is the expert whose weights are there; `self.late` what is still to be loaded."""
 
-    @initialize(nodes=st.integers(1, 2), per_node=st.integers(1, 3), depth=st.integers(2, 3), spare=st.integers(0, 4))
+    @initialize(nodes=st.integers(1, 2), per_node=st.integers(1, 3), depth=st.integers(2, 3), spare=st.integers(0, 9))
     def start(self, nodes, per_node, depth, spare):
         self.topology = Topology(nodes * per_node, depth, nodes)
         self.experts = range(max(1, self.topology.num_slots - spare))
@@ -90,6 +90,7 @@ class Changing(RuleBasedStateMachine):
         assert plan.topology == after
         there = iter(self.names)
         names = [self._newcomer(depth) if rank in places else next(there) for rank in range(size)]
+        assert [names[new] for new in plan.new_rank] == self.names
         orphans = self._lost(self.names)
         received = self._carry_out(plan, names, names, extra)
         assert received <= len(orphans - set(plan.unhosted)) + joining * depth * LAYERS + extra
