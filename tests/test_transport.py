@@ -227,3 +227,22 @@ def test_no_thread_is_left_behind_and_the_groups_timeout_closes_nothing():
         assert heard == [b"\x00", b"\x01", b"\x02"]
         assert during == 1
         assert after == 0
+
+
+def miss_a_message(rank: int):
+    """A message that never comes, as from a rank that has failed before it sent; the group's timeout is long over."""
+    group = dist.new_group(list(range(3)), timeout=timedelta(seconds=2.0))
+    transport, failed = ProcessGroupTransport(group), False
+    transport.gather(bytes([rank]), 1.5)
+    try:
+        transport.exchange([], [] if rank == 1 else [(1, torch.zeros(8, dtype=torch.uint8))], 0.3)
+    except TransportError:
+        failed = True
+    time.sleep(3.0)
+    return failed, transport.gather(bytes([rank]), 1.5)
+
+
+def test_a_message_that_never_comes_does_not_close_the_group_when_its_timeout_is_over():
+    results = run_ranks(miss_a_message, 3, timeout=60)
+    assert [failed for failed, _ in results] == [True, False, True]
+    assert all(heard == [b"\x00", b"\x01", b"\x02"] for _, heard in results)
