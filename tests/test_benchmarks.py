@@ -35,6 +35,7 @@ def test_a_section_says_when_and_on_what_it_was_measured():
     assert text.startswith("## Title\n\n*Measured 20")
     assert f"numpy {np.__version__}" in text
     assert text.endswith("| 1 |\n\nLost: all.")
+    assert page.section("Title", SimpleNamespace(report=lambda: "| 1 |")).endswith("\n\n| 1 |")
 
 
 def test_every_part_can_report():
