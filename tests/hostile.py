@@ -159,6 +159,7 @@ def ids(good: np.ndarray) -> dict[str, Any]:
         "below EMPTY": with_entry(good, -2, np.int32),
         "least int64": with_entry(good, -(2**63), np.int64),
         "most int32": with_entry(good, 2**31 - 1, np.int32),
+        "damaged": with_entry(good, 2**20, np.int32),
         "good in 32 bits": with_entry(good, 2**32, np.int64),
         "most int64": with_entry(good, 2**63 - 1, np.int64),
         "most uint64": with_entry(good, 2**64 - 1, np.uint64),

@@ -5,7 +5,19 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from eplb_core import EplbError, LostExpertsError, Topology, check_placement, rebalance
+from eplb_core import (
+    EplbError,
+    LostExpertsError,
+    MovePlan,
+    Topology,
+    apply_moves,
+    check_placement,
+    derive_maps,
+    preserve_slots,
+    rebalance,
+    round_robin,
+    schedule_rounds,
+)
 from eplb_core._checks import at, listing, positions, require, shown
 
 
@@ -86,3 +98,26 @@ def test_lost_experts_are_all_listed_as_data_and_few_in_words():
     error = LostExpertsError([(0, expert) for expert in range(10_000)])
     assert len(error.lost) == 10_000
     assert len(str(error)) < 300
+
+
+@pytest.mark.parametrize(("ids", "message"), [([[0, 2**20]], "ids < 1048576"), ([[0, 2**32]], "ids < 1048576")])
+def test_ids_that_only_damage_explains_are_refused_before_anything_is_as_large(ids, message):
+    """An id of 2**32 is not taken for 0, which it is in 32 bits."""
+    with pytest.raises(EplbError, match=message):
+        preserve_slots(np.asarray(ids), [[0, 1]], Topology(1, 2))
+    with pytest.raises(EplbError, match=message):
+        check_placement(np.asarray(ids), Topology(1, 2), allow_lost=True)
+
+
+def test_sizes_that_no_memory_could_hold_are_refused_at_once():
+    plan = MovePlan(np.asarray([[0, 2]]))
+    for call, message in (
+        (lambda: Topology(2**14, 2**16), "at most 1048576 slots"),
+        (lambda: round_robin(10**9, 2, Topology(64, 16)), "entries of memory"),
+        (lambda: derive_maps(np.zeros((1, 2**16), int), 2**16), "entries of memory"),
+        (lambda: derive_maps([[0, 1]], 2**40), "integer 1..1048576"),
+        (lambda: apply_moves([[5, 6]], plan), r"larger slots at \(layer, slot\) \[\(0, 1\)\]"),
+        (lambda: schedule_rounds(plan, Topology(2, 1)), r"larger slots at \(layer, slot\) \[\(0, 1\)\]"),
+    ):
+        with pytest.raises(EplbError, match=message):
+            call()
