@@ -378,6 +378,8 @@ def test_a_batch_that_all_have_served_is_not_served_again(tmp_path):
     progress = [message for message in messages if isinstance(message, Progress)]
     assert [message.step for message in progress] == list(range(1, len(result.step_ms) + 1))
     assert result.requests == result.requests_compared == 3 * len(progress)
+    # What the broken forward had counted already is not counted twice.
+    np.testing.assert_array_equal(result.rank_load_before.sum(axis=1), 4 * result.tokens)
     (recovered,) = [message for message in messages if isinstance(message, Recovered)]
     assert (recovered.traffic, recovered.batch) == ("prose", 6)
     assert [np.isnan(message.rank_share).tolist() for message in progress[4:6]] == [[False] * 3, [False, True, False]]
