@@ -3,7 +3,7 @@
     python -m tests.soak --minutes 30 [--seed 0] [--cores 0.5]
 
 Every token is compared with a model that holds all experts, all weights are compared bit for bit after every episode,
-and of every fault the documented outcome is checked (`tests/soak_episodes.py`). Memory, open files and threads are
+and of every fault the documented outcome is checked (`tests/soak_checks.py`). Memory, open files and threads are
 sampled. The first thing that is not as it should be ends the run with an error; nothing is waited for without an end.
 """
 

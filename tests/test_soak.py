@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.soak import Report, leaks, measure, show, soak
-from tests.soak_episodes import KINDS, check_balance, check_move
+from tests.soak_checks import check_balance, check_move
+from tests.soak_episodes import KINDS
 from tests.soak_faults import Fault
 
 SHORT = (
