@@ -523,7 +523,7 @@ def talk_until_killed(rank, send, store, second_dies):
     if rank == 1:
         send("kill me")
         while True:
-            send(b" " * 2**20)  # to be killed in the middle of a message, most likely
+            send(b" " * 2**20)  # more than a pipe takes: it is killed in the middle of a message
     time.sleep(2)
     if second_dies:
         die()
@@ -531,7 +531,10 @@ def talk_until_killed(rank, send, store, second_dies):
 
 
 def kill_who_asks(message):
-    return 1 if message == "kill me" else None
+    if message != "kill me":
+        return None
+    time.sleep(0.5)
+    return 1
 
 
 def test_the_parent_may_kill_a_rank_but_no_other_may_die():
