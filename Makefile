@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+MINUTES ?= 10
 
-.PHONY: setup demo test lint bench docs
+.PHONY: setup demo test lint fuzz mutants bench docs
 
 setup: $(STAMP)
 
@@ -29,7 +30,11 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(RUN)
 
+fuzz: $(STAMP)
+	$(RUN) -m property_tests.fuzz --minutes $(MINUTES)
+
 bench: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(RUN) -m benchmarks
 
 docs: $(STAMP)

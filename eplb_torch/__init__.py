@@ -1,5 +1,10 @@
 """Carry out move plans on torch tensors over NCCL or Gloo process groups, and keep a serving model balanced."""
 
+# ruff: noqa: E402  # without torch the imports below would fail with less to go by
+from eplb_core._extras import import_extra
+
+import_extra("torch", "torch", "eplb_torch")
+
 from eplb_torch.balancer import ExpertBalancer
 from eplb_torch.balancer.config import BalancerConfig
 from eplb_torch.balancer.planning import PlanningError

@@ -52,6 +52,7 @@ ABSENT = {
     "cli for endings": "from eplb_core.plots import save; save(None, 'x.png')",
     "cli for YAML": "open('x.yaml', 'w'); from eplb_core.formats.tensorrt_llm import _read_yaml\n"
     "_read_yaml('x.yaml', 99)",
+    "torch of eplb_torch": "import eplb_torch",
     "torch": "from eplb_core.formats.sglang_pt import _write; _write('x.pt', {})",
 }
 
