@@ -70,7 +70,7 @@ def _feasible(load: Float[Any, "rows logical"], bound: Float[Any, " rows"], topo
     sure = 1 - _ops.margin(load, _MARGIN, _ROUNDINGS)
     ratio = load / xp.where(bound > 0, bound, 1.0)[:, None]
     heavy_count = xp.maximum(xp.ceil(ratio * sure), 1.0)
-    possible = (xp.sum(heavy_count, axis=1) <= topology.num_slots) & xp.all(heavy_count <= topology.ep_size, axis=1)
+    possible = xp.sum(heavy_count, axis=1) <= topology.num_slots
     for k in range(2, min(topology.slots_per_rank, _DEPTH) + 1):
         light_count = xp.maximum(xp.ceil(ratio * (k * sure)), 1.0)
         extra = light_count - heavy_count

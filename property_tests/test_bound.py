@@ -70,5 +70,6 @@ def test_windows_are_bounded_one_by_one(data, topology):
 
 def test_there_is_no_bound_where_experts_do_not_fit():
     assert load_bound(np.ones((5, 1)), Topology(2, 2)).tolist() == [0.5] * 5
-    with pytest.raises(EplbError, match="num_logical=5"):
-        load_bound(np.ones((1, 5)), Topology(2, 2))
+    for shape in ((1, 5), (2, 1, 5)):
+        with pytest.raises(EplbError, match="num_logical=5"):
+            load_bound(np.ones(shape), Topology(2, 2))

@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 from eplb_core import (
     EMPTY,
+    EplbError,
     LostExpertsError,
     MovePlan,
     Topology,
     apply_moves,
     plan_moves,
+    schedule_rounds,
     verify_plan,
 )
 from eplb_core.testing import model_apply, placement_pairs, read_only
@@ -149,3 +151,11 @@ def test_the_same_input_gives_the_same_plan(pair):
     first, second = plan_moves(old, new, topology), plan_moves(old.copy(), new.copy(), topology)
     assert first.source_slot.tolist() == second.source_slot.tolist()
     assert isinstance(first, MovePlan)
+
+
+@pytest.mark.parametrize("slot", [4, 9])
+def test_a_plan_of_more_slots_than_there_are_is_refused(slot):
+    plan, topology = MovePlan(np.asarray([[0, 1, slot, 3]])), Topology(2, 2)
+    for use in (lambda: apply_moves(np.zeros((1, 4)), plan), lambda: schedule_rounds(plan, topology)):
+        with pytest.raises(EplbError, match=r"larger slots at \(layer, slot\) \[\(0, 2\)\]"):
+            use()

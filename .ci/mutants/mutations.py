@@ -12,6 +12,8 @@ from mutmut.mutation.file_mutation import MutationVisitor, deep_replace
 from mutmut.mutation.mutators import mutation_operators
 from mutmut.mutation.pragma_handling import IgnoredCode
 
+MESSAGES = ("advice", "_ADVICE", "detail")  # names of what is part of a message
+
 
 class Mutant(NamedTuple):
     """One change of one function.
@@ -63,9 +65,16 @@ def _functions(body, owner: str = ""):
 
 def _is_message(node) -> bool:
     """Whether a node is an f-string, or a string that reads as a sentence or a call and not as a name."""
+    if isinstance(node, cst.Name):
+        return node.value in MESSAGES
     if isinstance(node, cst.SimpleString):
         return any(sign in node.value for sign in " `(=")
     return isinstance(node, cst.FormattedString | cst.ConcatenatedString)
+
+
+def _checks(node) -> bool:
+    """Whether a node calls a check, whose strings are names for its message."""
+    return isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value.startswith("check_")
 
 
 def _inside_texts(tree: cst.Module) -> set[int]:
@@ -76,6 +85,8 @@ def _inside_texts(tree: cst.Module) -> set[int]:
         def on_visit(self, node):
             if _is_message(node) or id(node) in inside:
                 inside.update(id(child) for child in (node, *node.children))
+            if _checks(node):
+                inside.update(id(arg.value) for arg in node.args if isinstance(arg.value, cst.SimpleString))
             return True
 
     tree.visit(Visitor())
@@ -91,5 +102,5 @@ def _is_text(mutation, texts: set[int]) -> bool:
         return _is_message(old.value)
     if isinstance(old, cst.Call) and isinstance(new, cst.Call) and old.func is new.func:
         kept = {id(arg) for arg in new.args}
-        return all(_is_message(arg.value) for arg in old.args if id(arg) not in kept)
+        return all(_is_message(arg.value) or id(arg.value) in texts for arg in old.args if id(arg) not in kept)
     return False
