@@ -198,3 +198,14 @@ def test_a_topology_of_one_rank_has_nothing_to_swap():
         held, np.ones((1, 3)), Topology(1, 3), target=zeros, worth=zeros, offset=zeros[None], max_moves=PLENTY
     )
     assert got.tolist() == held.tolist()
+
+
+def test_only_swaps_between_nodes_cost_more():
+    """A swap on the node gains 9, one with the other node 16, at twice the price."""
+    held, share = np.arange(8)[None], np.asarray([[6.0, 4, 1, 3, 2, 0, 4.5, 4.5]])
+    zeros = np.zeros(1)
+    options = {"target": zeros, "worth": zeros, "offset": np.zeros((1, 4)), "max_moves": np.asarray([2])}
+    dear = swap_copies(held, share, Topology(4, 2, num_nodes=2), cross_node_cost=2.0, **options)
+    assert dear.tolist() == [[3, 1, 2, 0, 4, 5, 6, 7]]
+    cheap = swap_copies(held, share, Topology(4, 2, num_nodes=2), cross_node_cost=1.5, **options)
+    assert cheap.tolist() == [[4, 1, 2, 3, 0, 5, 6, 7]]

@@ -131,6 +131,13 @@ def test_a_new_slot_stays_free_if_it_would_make_the_new_rank_the_busiest():
     assert plan.placement.tolist() == [[0, -1, -1, 1, -1, -1, 2, -1, -1, -1, 0, 1]]
 
 
+def test_no_copy_is_made_that_would_burden_its_rank_more_than_the_busiest_is():
+    held, load = np.asarray([[[0, 1], [2, EMPTY]]]), np.asarray([[10.0, 0.0, 9.0]])
+    assert lighten(held, held, load, max_moves=9, tolerance=0.0).tolist() == held.tolist()
+    lighter = lighten(held, held, np.asarray([[10.0, 0.0, 4.0]]), max_moves=9, tolerance=0.0)
+    assert lighter.tolist() == [[[0, 1], [2, 0]]]
+
+
 def test_a_received_copy_makes_room_for_another_at_no_cost():
     """Expert 1 need not be received by rank 1 if expert 0 is; as a second copy it must be all the same."""
     load = np.asarray([[10.0, 2.0, 1.0]])
