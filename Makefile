@@ -33,6 +33,11 @@ lint: $(STAMP)
 fuzz: $(STAMP)
 	$(RUN) -m property_tests.fuzz --minutes $(MINUTES)
 
+# How many mutants of the planning modules the tests kill; about an hour.
+mutants: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt mutmut
+	$(RUN) .ci/mutants
+
 bench: $(STAMP)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(RUN) -m benchmarks
