@@ -20,7 +20,7 @@ MOST_EXPERTS = 2**20
 MOST_ENTRIES = 2**28
 """Entries of the largest array that small arguments may ask for."""
 
-_LONGEST = 240  # characters of what was given
+_LONGEST = 400  # characters of what was given
 _CHUNK = 2**16
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
@@ -70,7 +70,7 @@ def listing(items: Iterable[Any], limit: int = 8) -> str:
     rest = iter(items)
     parts = [item if isinstance(item, str) else shown(item) for item in islice(rest, limit)]
     more = sum(1 for _ in rest) if count is None else count - len(parts)
-    text = ", ".join(part[:80] for part in parts)
+    text = ", ".join(part[:160] for part in parts)
     return f"[{text}]" if not more else f"[{text}, and {more} more]"
 
 

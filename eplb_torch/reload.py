@@ -39,6 +39,7 @@ def held_experts(
     Raises:
         EplbError: if the placement does not fit the topology, or `ep_rank` is not of it.
 
+    >>> import numpy as np
     >>> held_experts(np.asarray([[0, 2, 1, 1], [2, 1, 1, 0]]), Topology(ep_size=2, slots_per_rank=2), ep_rank=1)
     ({1: (0, 1)}, {1: (0,), 0: (1,)})
     """

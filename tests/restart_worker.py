@@ -19,7 +19,7 @@ from eplb_torch.reload import reload_experts
 from tests.expert_rows import expert_layers, expert_row, wrong_rows
 
 LAYERS, LOGICAL, SLOTS = 3, 8, 5
-BALANCER = {"step_interval": 8, "window_size": 8, "timeout": 10.0}
+BALANCER = {"use_async": False, "step_interval": 8, "window_size": 8, "timeout": 10.0}
 
 
 def join_group() -> None:

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -378,13 +377,13 @@ def test_commands_end_with_a_sentence_for_hostile_files(command, tmp_path):
         [part.replace("FILE", str(f)) for part in command] for f in (*files, tmp_path / "f.npz", tmp_path / "g.npz")
     ]
     code = (
-        "import sys, traceback\nfrom typer.testing import CliRunner\nfrom eplb_core.commands import app\n"
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))\n"
+        "from typer.testing import CliRunner\nfrom eplb_core.commands import app\n"
         f"for line in {lines!r}:\n"
         "    done = CliRunner().invoke(app, line)\n"
         "    assert done.exit_code == 2, (line, done.exit_code, done.output, done.exception)\n"
         "    assert isinstance(done.exception, SystemExit) and 'Traceback' not in done.output, line\n"
     )
-    limit = (2**32, 2**32)
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -392,6 +391,5 @@ def test_commands_end_with_a_sentence_for_hostile_files(command, tmp_path):
         timeout=120,
         check=False,
         cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
     )
     assert done.returncode == 0, done.stderr[-2000:]
