@@ -117,7 +117,7 @@ def count_tokens(ids: Int[Tensor, "*tokens"], num_ids: int) -> Int[Tensor, " num
     [1, 0, 2]
     """
     _check_ids(ids, "ids")
-    if not isinstance(num_ids, int | np.integer) or isinstance(num_ids, bool) or not 0 <= num_ids <= MOST_EXPERTS:
+    if not isinstance(num_ids, (int, np.integer)) or isinstance(num_ids, bool) or not 0 <= num_ids <= MOST_EXPERTS:
         require(False, f"`num_ids` must be an integer 0..{MOST_EXPERTS}", shown(num_ids), "Count experts, or slots.")
     flat = ids.reshape(-1).long()
     return _counts(torch.where(_is_padding(flat, num_ids), num_ids, flat), num_ids)[:num_ids]
@@ -142,7 +142,7 @@ def _check_maps(maps: Any, offset: Any) -> None:
     if isinstance(offset, Tensor):
         good = offset.dtype in _INTEGERS and offset.ndim <= 1
     else:
-        good = isinstance(offset, int | np.integer) and not isinstance(offset, bool) and -(2**62) < offset < 2**62
+        good = isinstance(offset, (int, np.integer)) and not isinstance(offset, bool) and -(2**62) < offset < 2**62
     if not good:
         advice = "Give one for all experts, or one for each."
         require(False, "`select_slots(offset=...)` must be integer, of shape [] or [logical]", shown(offset), advice)
