@@ -237,6 +237,16 @@ def _check_tokens(values: np.ndarray, name: str) -> None:
     )
 
 
+def check_same_layers(first, second, name: str) -> None:
+    """Refuse two placements of different shapes."""
+    require(
+        first.shape == second.shape,
+        f"`{name}` must have the same layers",
+        f"shapes {tuple(first.shape)} and {tuple(second.shape)}",
+        "Pass two placements of the same model.",
+    )
+
+
 def check_ids(ids, num_slots: int, name: str) -> None:
     """Refuse an array that is not an integer `[layers, num_slots]` of ids >= `EMPTY` and < `MOST_EXPERTS`."""
     shape = tuple(ids.shape)

@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Float, Int, Real
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, check_ids, check_load, check_room, require
+from eplb_core._checks import EMPTY, check_ids, check_load, check_room, check_same_layers, require
 from eplb_core.maps import count_replicas
 from eplb_core.moves import MovePlan, check_plan
 from eplb_core.topology import Topology, check_topology
@@ -135,12 +135,7 @@ def moved_experts(
     old, new = _ops.as_array(old), _ops.as_array(new)
     check_ids(old, topology.num_slots, "moved_experts(old=...)")
     check_ids(new, topology.num_slots, "moved_experts(new=...)")
-    require(
-        old.shape == new.shape,
-        "`moved_experts(old=..., new=...)` must have the same layers",
-        f"shapes {tuple(old.shape)} and {tuple(new.shape)}",
-        "Compare placements of the same model.",
-    )
+    check_same_layers(old, new, "moved_experts(old=..., new=...)")
     xp = _ops.namespace(new)
     check_room("moved_experts", *old.shape, topology.slots_per_rank)
     by_rank = (old.shape[0], topology.ep_size, topology.slots_per_rank)

@@ -6,7 +6,16 @@ import numpy as np
 from jaxtyping import Int
 
 from eplb_core import _ops
-from eplb_core._checks import MOST_EXPERTS, at, check_count, check_ids, check_room, positions, require
+from eplb_core._checks import (
+    MOST_EXPERTS,
+    at,
+    check_count,
+    check_ids,
+    check_room,
+    check_same_layers,
+    positions,
+    require,
+)
 from eplb_core.topology import Topology, check_topology
 
 
@@ -137,12 +146,7 @@ def preserve_slots(
     xp = _ops.namespace(new)
     check_ids(new, topology.num_slots, "preserve_slots(new=...)")
     check_ids(old, topology.num_slots, "preserve_slots(old=...)")
-    require(
-        new.shape == old.shape,
-        "`preserve_slots(new=..., old=...)` must have the same layers",
-        f"shapes {tuple(new.shape)} and {tuple(old.shape)}",
-        "Pass the placement that is in force for the same model.",
-    )
+    check_same_layers(new, old, "preserve_slots(new=..., old=...)")
     by_rank = (-1, topology.slots_per_rank)
     source, target = (xp.astype(xp.reshape(x, by_rank), xp.int32) for x in (new, old))
     reorder = _reorder_numpy if _ops.is_numpy(xp) else _reorder

@@ -6,7 +6,17 @@ from typing import Any, NamedTuple
 from jaxtyping import Int, Shaped
 
 from eplb_core import _ops
-from eplb_core._checks import EMPTY, LostExpertsError, at, check_choice, check_ids, check_indices, check_kind, require
+from eplb_core._checks import (
+    EMPTY,
+    LostExpertsError,
+    at,
+    check_choice,
+    check_ids,
+    check_indices,
+    check_kind,
+    check_same_layers,
+    require,
+)
 from eplb_core.moves.candidates import Requests
 from eplb_core.moves.senders import choose_senders
 from eplb_core.topology import Topology, check_topology
@@ -192,12 +202,7 @@ def _live_slots(live_ranks, topology: Topology, xp):
 def _check(old, new, topology: Topology, fan_out: str) -> None:
     check_ids(old, topology.num_slots, "plan_moves(old=...)")
     check_ids(new, topology.num_slots, "plan_moves(new=...)")
-    require(
-        old.shape == new.shape,
-        "`plan_moves(old=..., new=...)` must have the same layers",
-        f"shapes {tuple(old.shape)} and {tuple(new.shape)}",
-        "Pass two placements of the same model.",
-    )
+    check_same_layers(old, new, "plan_moves(old=..., new=...)")
     advice = "Use 'node' where links between nodes are the bottleneck."
     check_choice(fan_out, ("direct", "node"), "plan_moves(fan_out=...)", advice)
 
